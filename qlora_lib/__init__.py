@@ -1,0 +1,27 @@
+"""QLoRA, from a vector of four numbers to a fine-tuned language model."""
+
+from qlora_lib.nn import Linear4bit
+from qlora_lib.numerics import (
+    FP4,
+    INT4,
+    NF4,
+    TOY,
+    Codebook,
+    QuantizedTensor,
+    normal_float,
+    quantize,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FP4",
+    "INT4",
+    "NF4",
+    "TOY",
+    "Codebook",
+    "Linear4bit",
+    "QuantizedTensor",
+    "normal_float",
+    "quantize",
+]

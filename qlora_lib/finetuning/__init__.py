@@ -1,0 +1,1 @@
+"""Fine-tuning a causal language model: its data, its training, its generations."""

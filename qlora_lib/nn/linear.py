@@ -1,0 +1,212 @@
+"""Linear4bit: a linear layer whose weight is frozen as codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_lib.numerics import NF4, Codebook, QuantizedTensor, quantize
+from qlora_lib.numerics.quantized_tensor import SCALE_BLOCK_SIZE, SCALE_CODEBOOK
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer with a quantized, frozen weight.
+
+    ``y = x W^T + b`` with ``W = quantized_weight.dequantize(x.dtype)``
+
+    The weight is dequantized for the product and dropped again; the backward pass
+    dequantizes it once more, ``dL/dx = dL/dy W``, instead of keeping it. The weight
+    itself gets no gradient: gradients pass through it to the adapters (paper, section
+    3, equations 5 and 6). Build a layer with :meth:`from_linear`.
+
+    Codes and scales are frozen uint8 parameters; those that are floats are held as
+    their bytes. So ``model.half()`` and mixed-precision wrappers, which cast every
+    floating parameter, leave them as they are.
+
+    Args:
+        weight: The quantized weight, of shape ``[out_features, in_features]``.
+        bias: float ``[out_features]``, or None.
+
+    Attributes:
+        weight: uint8, the packed codes.
+        scales: uint8, the bytes of the float32 scales, or their 8-bit codes after
+            double quantization.
+        nested_scales: uint8, the bytes of the float32 scales of the scales, or None.
+        scales_offset: uint8 ``[4]``, the bytes of the float32 mean of the scales, or
+            None.
+
+    Raises:
+        ValueError: If ``weight`` is not a matrix.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+        # nn.Linear's own constructor would allocate the weight in full precision.
+        nn.Module.__init__(self)
+        if len(weight.shape) != 2:
+            raise ValueError(
+                "weight must be quantized from a matrix [out_features, in_features], "
+                f"got shape {tuple(weight.shape)}"
+            )
+        self.out_features, self.in_features = weight.shape
+        self.codebook = weight.codebook
+        self.block_size = weight.block_size
+        self.weight_dtype = weight.dtype
+        self.weight = _frozen_bytes(weight.packed)
+        self.nested_scales: nn.Parameter | None = None
+        self.scales_offset: nn.Parameter | None = None
+        scales = weight.scales
+        if isinstance(scales, QuantizedTensor):
+            self.scales = _frozen_bytes(scales.packed)
+            self.nested_scales = _frozen_bytes(scales.scales)
+            self.scales_offset = _frozen_bytes(scales.offset)
+        else:
+            self.scales = _frozen_bytes(scales)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        codebook: Codebook = NF4,
+        block_size: int | None = 64,
+        double_quant: bool = True,
+    ) -> Linear4bit:
+        """Quantize the weight of a linear layer; the layer itself is left as it is.
+
+        Args:
+            linear: The layer to take weight and bias from. The bias is copied and
+                frozen in its own type.
+            codebook: The data type of the weight.
+            block_size: How many consecutive numbers of a row-major weight share a
+                scale.
+            double_quant: Whether to quantize the scales as well.
+
+        Raises:
+            TypeError: If ``linear`` is no ``nn.Linear`` or is quantized already.
+            ValueError: If the weight holds NaN or infinity; see
+                :func:`qlora_lib.quantize`.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
+            raise TypeError(
+                "linear must be an nn.Linear that is not quantized yet, got "
+                f"{type(linear).__name__}"
+            )
+        weight = quantize(linear.weight, codebook, block_size, double_quant)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(weight, bias)
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight as a QuantizedTensor that shares memory with the parameters."""
+        scales: Tensor | QuantizedTensor
+        if self.nested_scales is None or self.scales_offset is None:
+            scales = self.scales.data.view(torch.float32)
+        else:
+            scales = QuantizedTensor(
+                packed=self.scales.data,
+                scales=self.nested_scales.data.view(torch.float32),
+                codebook=SCALE_CODEBOOK,
+                block_size=SCALE_BLOCK_SIZE,
+                shape=self.scales.shape,
+                dtype=torch.float32,
+                offset=self.scales_offset.data.view(torch.float32)[0],
+            )
+        return QuantizedTensor(
+            packed=self.weight.data,
+            scales=scales,
+            codebook=self.codebook,
+            block_size=self.block_size,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.weight_dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``, of the type of ``input``.
+
+        Raises:
+            RuntimeError: If the last dimension of ``input`` is not ``in_features``.
+        """
+        weight = self.quantized_weight
+        output: Tensor = _FrozenLinear.apply(input, weight)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        """Name the layer's shape and data type in the model's printout."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, codebook={self.codebook.name}, "
+            f"block_size={self.block_size}, "
+            f"double_quant={self.nested_scales is not None}"
+        )
+
+
+def quantize_linears(
+    model: nn.Module,
+    codebook: Codebook = NF4,
+    block_size: int | None = 64,
+    double_quant: bool = True,
+    skip: Collection[str] = ("lm_head",),
+) -> list[str]:
+    """Replace the linear layers of a model by :class:`Linear4bit`, in place.
+
+    All layers are quantized before the first is replaced, so the model is unchanged if
+    one of them cannot be.
+
+    Args:
+        model: The model to change.
+        codebook: The data type of the weights.
+        block_size: How many consecutive numbers share a scale.
+        double_quant: Whether to quantize the scales as well.
+        skip: Layers to leave alone, by the last part of their name. The output layer is
+            left in 16 bits by the paper's implementation, and so it is here.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        ValueError: If a weight holds NaN or infinity, or no layer was found to replace.
+    """
+    replacements: dict[str, Linear4bit] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or name.rpartition(".")[2] in skip:
+            continue
+        try:
+            replacements[name] = Linear4bit.from_linear(
+                module, codebook, block_size, double_quant
+            )
+        except ValueError as error:
+            raise ValueError(f"model has a layer {name} whose {error}") from error
+    if not replacements:
+        raise ValueError(
+            f"model has no nn.Linear to replace outside skip={tuple(skip)}; it may be "
+            "quantized already"
+        )
+    for name, layer in replacements.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return list(replacements)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """``x W^T`` that keeps only the quantized weight for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return grad_y @ ctx.weight.dequantize(grad_y.dtype), None
+
+
+def _frozen_bytes(tensor: Tensor | QuantizedTensor | None) -> nn.Parameter:
+    assert isinstance(tensor, Tensor), "scales are nested at most once"
+    flat_bytes = tensor.detach().reshape(-1).view(torch.uint8)
+    return nn.Parameter(flat_bytes, requires_grad=False)

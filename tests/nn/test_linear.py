@@ -1,0 +1,181 @@
+"""Linear4bit against the dense layer that holds the same, dequantized weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lib import INT4, NF4, Linear4bit, quantize
+from qlora_lib.nn import quantize_linears
+
+LAYOUTS = [(64, False), (64, True), (32, True), (None, False)]
+
+
+def make_linear(
+    bias: bool = True, dtype: torch.dtype = torch.float32, width: int = 96
+) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(width, 80, bias=bias, dtype=dtype)
+
+
+def dense_twin(layer: Linear4bit) -> nn.Linear:
+    """An nn.Linear whose weight is what the quantized layer stands for."""
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    twin.weight.data = layer.quantized_weight.dequantize(torch.float32)
+    if layer.bias is not None:
+        twin.bias.data = layer.bias.data.float()
+    return twin
+
+
+@pytest.mark.parametrize(("block_size", "double_quant"), LAYOUTS)
+@pytest.mark.parametrize("codebook", [NF4, INT4], ids=lambda codebook: codebook.name)
+def test_quantized_weight_is_what_quantize_returns(codebook, block_size, double_quant):
+    linear = make_linear()
+    layer = Linear4bit.from_linear(linear, codebook, block_size, double_quant)
+    expected = quantize(linear.weight, codebook, block_size, double_quant)
+    weight = layer.quantized_weight
+    assert torch.equal(weight.packed, expected.packed)
+    assert torch.equal(weight.dequantize(), expected.dequantize())
+    assert weight.nbytes == expected.nbytes
+    assert sum(p.nbytes for p in layer.parameters()) == expected.nbytes + 80 * 4
+
+
+@pytest.mark.parametrize("shape", [(96,), (3, 96), (2, 5, 96), (0, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_input_gradient_match_the_dense_twin(shape, bias):
+    layer = Linear4bit.from_linear(make_linear(bias))
+    twin = dense_twin(layer)
+    x = torch.randn(shape, requires_grad=True)
+    x_twin = x.detach().clone().requires_grad_()
+    y, y_twin = layer(x), twin(x_twin)
+    torch.testing.assert_close(y, y_twin, rtol=1e-6, atol=1e-6)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    y_twin.backward(grad)
+    torch.testing.assert_close(x.grad, x_twin.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_passes_gradcheck_in_float64():
+    layer = Linear4bit.from_linear(nn.Linear(8, 4, dtype=torch.float64), block_size=8)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+
+
+def test_non_contiguous_input():
+    layer = Linear4bit.from_linear(make_linear())
+    x = torch.randn(96, 7).t()
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_output_has_the_type_of_the_input(dtype):
+    layer = Linear4bit.from_linear(make_linear())
+    x = torch.randn(4, 96)
+    y = layer(x.to(dtype))
+    assert y.dtype == dtype
+    tolerance = 0.02 if dtype == torch.bfloat16 else 0.003
+    torch.testing.assert_close(y.float(), layer(x), rtol=0, atol=tolerance)
+
+
+def test_autocast_runs_forward_and_backward():
+    layer = Linear4bit.from_linear(make_linear())
+    x = torch.randn(4, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_no_parameter_trains_and_nothing_dense_is_kept_for_the_backward_pass():
+    layer = Linear4bit.from_linear(make_linear(bias=False))
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    y = layer(torch.randn(4, 96, requires_grad=True))
+    assert y.grad_fn.saved_tensors == ()
+    kept = vars(y.grad_fn)
+    assert list(kept) == ["weight"]
+    assert kept["weight"].packed.data_ptr() == layer.weight.data_ptr()
+
+
+def test_casting_the_module_leaves_codes_and_scales_alone():
+    layer = Linear4bit.from_linear(make_linear())
+    before = layer.quantized_weight.dequantize(torch.float32)
+    layer.half()
+    assert torch.equal(layer.quantized_weight.dequantize(torch.float32), before)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_state_dict_and_deepcopy_round_trip(double_quant):
+    layer = Linear4bit.from_linear(make_linear(), double_quant=double_quant)
+    other = Linear4bit.from_linear(nn.Linear(96, 80), double_quant=double_quant)
+    x = torch.randn(2, 96)
+    assert not torch.equal(layer(x), other(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+
+
+def test_source_layer_is_left_as_it_was():
+    linear = make_linear()
+    before = copy.deepcopy(linear.state_dict())
+    layer = Linear4bit.from_linear(linear)
+    layer.bias.data.zero_()
+    assert all(torch.equal(before[k], v) for k, v in linear.state_dict().items())
+    assert linear.weight.requires_grad
+
+
+def test_repr_names_the_data_type():
+    text = repr(Linear4bit.from_linear(make_linear()))
+    assert "codebook=nf4" in text and "block_size=64" in text
+
+
+@pytest.mark.parametrize("source", ["quantized", "conv", "tensor"])
+def test_from_linear_refuses_what_is_no_dense_linear(source):
+    sources = {
+        "quantized": Linear4bit.from_linear(make_linear()),
+        "conv": nn.Conv1d(1, 1, 1),
+        "tensor": torch.ones(2, 2),
+    }
+    with pytest.raises(TypeError, match=r"linear must be an nn\.Linear"):
+        Linear4bit.from_linear(sources[source])
+
+
+def test_a_vector_is_no_weight():
+    with pytest.raises(ValueError, match=r"matrix.*\(4,\)"):
+        Linear4bit(quantize(torch.ones(4), NF4))
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(64, 64))
+    model.add_module("inner", nn.Sequential(nn.ReLU(), nn.Linear(64, 64)))
+    model.add_module("lm_head", nn.Linear(64, 8))
+    return model
+
+
+def test_quantize_linears_replaces_all_but_the_skipped():
+    model = make_model()
+    assert quantize_linears(model) == ["first", "inner.1"]
+    assert isinstance(model.first, Linear4bit)
+    assert isinstance(model.inner[1], Linear4bit)
+    assert type(model.lm_head) is nn.Linear
+    assert model(torch.randn(2, 64)).shape == (2, 8)
+
+
+def test_quantize_linears_changes_nothing_when_a_layer_cannot_be_quantized():
+    model = make_model()
+    model.inner[1].weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"layer inner\.1.*nan.*index 197"):
+        quantize_linears(model)
+    assert type(model.first) is nn.Linear
+
+
+def test_quantize_linears_twice_says_so():
+    model = make_model()
+    quantize_linears(model)
+    with pytest.raises(
+        ValueError, match=r"no nn\.Linear to replace.*quantized already"
+    ):
+        quantize_linears(model)

@@ -1,0 +1,236 @@
+"""The figures draw what they are given: looked up in the artists, not in pixels."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.container import BarContainer
+
+from qlora_lib import INT4, NF4, TOY, Codebook, plotting
+from qlora_lib.numerics import dynamic
+
+
+@pytest.fixture(autouse=True)
+def book_figures():
+    with plt.rc_context():
+        plt.switch_backend("agg")
+        plotting.book_style()
+        yield
+        plt.close("all")
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def line_labelled(ax, label):
+    (line,) = (line for line in ax.lines if line.get_label() == label)
+    return line
+
+
+def segments(ax):
+    """The x of each vertical tick."""
+    (ticks,) = ax.collections
+    return [segment[0][0] for segment in ticks.get_segments()]
+
+
+def test_figures_are_opaque_white():
+    ax = plotting.number_line(TOY)
+    assert to_hex(ax.figure.get_facecolor(), keep_alpha=True) == "#ffffffff"
+    assert to_hex(ax.get_facecolor(), keep_alpha=True) == "#ffffffff"
+
+
+def test_book_style_uses_the_safe_palette():
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()
+    assert cycle["color"] == list(plotting.PALETTE)
+    assert len(set(cycle["marker"])) == len(cycle["color"])
+
+
+def test_number_line_shows_values_codes_and_boundaries():
+    ax = plotting.number_line(TOY)
+    line = line_labelled(ax, "value and its code")
+    np.testing.assert_array_equal(line.get_xdata(), TOY.values.double())
+    np.testing.assert_allclose(segments(ax), TOY.boundaries)
+    assert texts(ax) == ["0\n-1", "1\n0.3", "2\n0.5", "3\n1"]
+
+
+def test_number_line_of_sixteen_values_shows_codes_alone():
+    assert texts(plotting.number_line(NF4)) == [str(code) for code in range(16)]
+
+
+def test_number_line_of_many_values_shows_no_codes():
+    assert texts(plotting.number_line(dynamic())) == []
+
+
+def test_number_line_without_boundaries():
+    assert not plotting.number_line(TOY, boundaries=False).collections
+
+
+@pytest.mark.parametrize("ties", ["lower", "upper"])
+def test_number_line_sends_points_where_the_codebook_does(ties):
+    codebook = Codebook("halves", (-1, 0, 1), ties=ties)
+    ax = plotting.number_line(codebook, [0.5, -0.9])
+    np.testing.assert_allclose(line_labelled(ax, "input").get_xdata(), [0.5, -0.9])
+    landings = [note.xy[0] for note in ax.texts if note.arrowprops]
+    assert landings == [0.0 if ties == "lower" else 1.0, -1.0]
+
+
+def test_number_line_draws_into_the_given_axes():
+    _, ax = plt.subplots()
+    assert plotting.number_line(TOY, ax=ax) is ax
+    assert len(plt.get_fignums()) == 1
+
+
+def test_number_lines_give_each_codebook_its_row_and_name():
+    ax = plotting.number_lines([TOY, INT4])
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["toy", "int4"]
+    assert ax.yaxis_inverted()  # the first one on top
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    for row, (line, codebook) in enumerate(zip(dots, (TOY, INT4), strict=True)):
+        np.testing.assert_array_equal(line.get_xdata(), codebook.values.double())
+        assert set(line.get_ydata()) == {row}
+    for ticks, codebook in zip(ax.collections, (TOY, INT4), strict=True):
+        drawn = [segment[0][0] for segment in ticks.get_segments()]
+        np.testing.assert_allclose(drawn, codebook.boundaries)
+
+
+def test_number_lines_of_many_values_are_strokes_without_boundaries():
+    ax = plotting.number_lines([dynamic()])
+    assert not ax.collections
+    assert [line.get_marker() for line in ax.lines][-1] == "|"
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.numpy, torch.Tensor.tolist, lambda x: x])
+def test_decision_histogram_has_the_bins_and_shares_of_the_codebook(make):
+    samples = torch.tensor([-1.0, -0.5, -0.3, 0.4, 0.45, 0.5, 0.9, 1.0])
+    ax = plotting.decision_histogram(make(samples), TOY)
+    bars = ax.patches
+    edges = [-1.0, *TOY.boundaries.tolist(), 1.0]
+    np.testing.assert_allclose([bar.get_x() for bar in bars], edges[:-1])
+    np.testing.assert_allclose([b.get_x() + b.get_width() for b in bars], edges[1:])
+    areas = [bar.get_width() * bar.get_height() for bar in bars]
+    np.testing.assert_allclose(areas, [2 / 8, 1 / 8, 3 / 8, 2 / 8])
+    assert texts(ax) == ["25.0%", "12.5%", "37.5%", "25.0%"]
+
+
+def test_interval_histogram_counts_each_interval_and_marks_the_empty_ones():
+    ax = plotting.interval_histogram([-4.0, 0.0, 0.5, 2.0, 3.0, 4.0], [-4, -2, 0, 2, 4])
+    used, empty = (c for c in ax.containers if isinstance(c, BarContainer))
+    assert [bar.get_x() for bar in used] == [-4, 0, 2]
+    assert [bar.get_height() for bar in used] == [1, 2, 3]
+    assert [(bar.get_x(), bar.get_width()) for bar in empty] == [(-2, 2)]
+    assert (used.get_label(), empty.get_label()) == ("used (3)", "empty (1)")
+    assert texts(ax) == ["1", "0", "2", "3"]
+
+
+def test_decision_histogram_takes_a_parameter():
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 30).view(5, 6))
+    areas = [b.get_width() * b.get_height() for b in _bars(weight, INT4)]
+    assert sum(areas) == pytest.approx(1)
+
+
+def _bars(samples, codebook):
+    return plotting.decision_histogram(samples, codebook).patches
+
+
+def test_error_by_block_size_shows_gain_and_cost_in_two_panels():
+    sizes = [16, 64, 256]
+    errors = {"NF4": [0.1, 0.2, 0.3], "INT4": torch.tensor([0.2, 0.3, 0.4])}
+    figure = plotting.error_by_block_size(sizes, errors, [2, 0.5, 0.125])
+    gain, cost = figure.axes
+    for label, curve in errors.items():
+        line = line_labelled(gain, label)
+        np.testing.assert_array_equal(line.get_xdata(), sizes)
+        np.testing.assert_allclose(line.get_ydata(), curve)
+    np.testing.assert_array_equal(cost.lines[0].get_ydata(), [2, 0.5, 0.125])
+    for ax in (gain, cost):
+        assert ax.get_xscale() == "log"
+        assert ax.xaxis.get_transform().base == 2
+    assert "bits per parameter" in cost.get_ylabel()
+    assert [text.get_text() for text in gain.get_legend().texts] == list(errors)
+
+
+def test_error_along_tensor_has_a_bar_for_each_number_and_shades_blocks():
+    errors = {
+        "one scale": [0.4, 0.3, 0.2, 0.1],
+        "blocks": torch.tensor([0.4, 0.3, 0, 0]),
+    }
+    figure = plotting.error_along_tensor(errors, block_size=2, highlight=[1])
+    for ax, (title, error) in zip(figure.axes, errors.items(), strict=True):
+        assert ax.get_title() == title
+        (bars,) = ax.containers
+        np.testing.assert_allclose([bar.get_height() for bar in bars], error)
+        np.testing.assert_allclose([bar.get_center()[0] for bar in bars], range(4))
+        assert segments(ax) == [1.5]
+        (shade,) = (patch for patch in ax.patches if patch not in bars.patches)
+        assert (shade.get_x(), shade.get_width()) == (1.5, 2)
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
+def test_error_by_total_bits_marks_each_point_with_its_block_size():
+    errors = {"NF3": [0.3, 0.2, 0.1], "NF4": torch.tensor([0.2, 0.1, 0.05])}
+    bits = {"NF3": [3.125, 3.25, 4], "NF4": torch.tensor([4.125, 4.25, 5])}
+    ax = plotting.error_by_total_bits([256, 128, 32], errors, bits)
+    for label, curve in errors.items():
+        line = line_labelled(ax, label)
+        np.testing.assert_allclose(line.get_xdata(), bits[label])
+        np.testing.assert_allclose(line.get_ydata(), curve)
+    assert texts(ax) == ["256", "128", "32"] * 2
+    np.testing.assert_allclose(ax.texts[2].xy, (4, 0.1))
+    assert ax.get_yscale() == "log"
+
+
+def test_relative_precision_is_that_of_the_numbers_between_two_values():
+    ax = plotting.relative_precision([Codebook("halves", (-1, 0, 0.5, 1)), INT4])
+    halves = line_labelled(ax, "halves")
+    np.testing.assert_allclose(halves.get_xdata(), [0.25, 0.75])
+    np.testing.assert_allclose(halves.get_ydata(), [1, 1 / 3])
+    boundaries = INT4.boundaries[INT4.boundaries > 0]
+    off = INT4.lookup(INT4.nearest(boundaries)) - boundaries
+    worst = line_labelled(ax, "int4").get_ydata()
+    np.testing.assert_allclose(worst, (off / boundaries).abs(), rtol=1e-5)
+    assert halves.get_linestyle() != line_labelled(ax, "int4").get_linestyle()
+
+
+def test_bits_bars_stack_parts_and_print_totals():
+    parts = {"codes": [16, 4, 4], "scales": [0, 0.5, 0.125], "scales²": [0, 0, 0.002]}
+    ax = plotting.bits_bars(["BF16", "NF4", "NF4 + DQ"], parts)
+    stacks = [c for c in ax.containers if isinstance(c, BarContainer)]
+    ends = np.zeros(3)
+    for stack, bits in zip(stacks, parts.values(), strict=True):
+        np.testing.assert_allclose([bar.get_x() for bar in stack], ends)
+        np.testing.assert_allclose([bar.get_width() for bar in stack], bits)
+        ends += bits
+    assert texts(ax) == ["16", "4.5", "4.127"]
+    assert ax.yaxis_inverted()
+
+
+def test_quantile_bins_fill_and_measure_the_highlighted():
+    edges = torch.special.ndtri(torch.linspace(0, 1, 21, dtype=torch.float64))
+    ax = plotting.quantile_bins(edges, highlight=(10, 18))
+    ticks, *fills = ax.collections
+    assert len(ticks.get_segments()) == 19
+    spans = [fill.get_datalim(ax.transData).intervalx for fill in fills]
+    np.testing.assert_allclose(spans, [edges[10:12], edges[18:20]])
+    widths = [edges[11] - edges[10], edges[19] - edges[18]]
+    assert texts(ax) == [
+        f"50% to 55%\nwidth {widths[0]:.3f}",
+        f"90% to 95%\nwidth {widths[1]:.3f}",
+    ]
+
+
+def test_quantile_bins_say_that_a_tail_has_no_end():
+    ax = plotting.quantile_bins([-np.inf, 0.0, np.inf], highlight=(1,))
+    assert texts(ax) == ["50% to 100%\ninfinitely wide"]
+
+
+def test_loss_curve_shows_the_losses_and_the_marks():
+    ax = plotting.loss_curve(range(3), [3.0, 2.5, 2.0], {"held out": (2, 2.2)})
+    np.testing.assert_array_equal(
+        line_labelled(ax, "training").get_ydata(), [3, 2.5, 2]
+    )
+    mark = line_labelled(ax, "held out")
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2], [2.2])
+    assert texts(ax) == ["2.20"]
