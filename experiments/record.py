@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -33,9 +34,15 @@ def write_record(name: str, record: dict[str, Any]) -> None:
 
 
 def commit() -> str | None:
-    """Short hash of the checked-out commit, or None before the first one."""
+    """Short hash of the checked-out commit, or None before the first one.
+
+    It ends with "-dirty" if tracked files differ from that commit. Where the files are
+    a copy without their history, GIT_COMMIT in the environment names the commit.
+    """
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
     answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

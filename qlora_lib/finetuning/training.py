@@ -43,19 +43,21 @@ def finetune(
         tokenizer: Its tokenizer, which pads the batches.
         examples: ``input_ids``, ``attention_mask`` and ``labels`` of each example, as
             :func:`qlora_lib.finetuning.data.encode_pairs` returns them.
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps, at least 1.
         batch_size: Examples of a step.
         learning_rate: The constant learning rate.
         seed: Seed of the order of the examples and of dropout.
 
     Returns:
-        The training loss of each step, in nats per answer token.
+        The training loss of each step, in nats per answer token; NaN where it was NaN.
 
     Raises:
-        ValueError: If ``examples`` is empty or no parameter requires a gradient.
+        ValueError: If ``examples`` is empty, ``steps`` is below 1, or no parameter
+            requires a gradient.
     """
-    if not examples:
-        raise ValueError("examples is empty: pass at least one encoded pair")
+    _check_examples(examples)
+    if steps < 1:  # the Trainer would take it for "until three epochs are over"
+        raise ValueError(f"steps must be a positive number of steps, got {steps}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "model has no parameter that requires a gradient: add adapters, for "
@@ -73,6 +75,8 @@ def finetune(
             optim="adamw_torch",
             seed=seed,
             logging_steps=1,
+            # The filter would report a mean of earlier losses instead of NaN.
+            logging_nan_inf_filter=False,
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
@@ -111,7 +115,11 @@ def answer_losses(
 
     Returns:
         float32 ``[examples]`` on the CPU.
+
+    Raises:
+        ValueError: If ``examples`` is empty.
     """
+    _check_examples(examples)
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
     was_training = model.training
     model.eval()
@@ -132,3 +140,8 @@ def answer_losses(
         losses.append((token_losses.sum(1) / answer_lengths).cpu())
     model.train(was_training)
     return torch.cat(losses)
+
+
+def _check_examples(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("examples is empty: pass at least one encoded pair")

@@ -51,7 +51,8 @@ CODEBOOKS = {"nf4": NF4, "fp4": FP4_BITSANDBYTES}
 TABLES = {
     "nf4": NF4.values,
     "fp4": torch.tensor(
-        [s * m / 12 for s in (1, -1) for m in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+        [s * m / 12 for s in (1, -1) for m in (0, 0.0625, 8, 12, 4, 6, 2, 3)],
+        dtype=torch.float32,
     ),
 }
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -121,7 +122,8 @@ def from_state_dict(
 ) -> QuantizedTensor:
     """Return the tensor that bitsandbytes stored in these entries.
 
-    NF4 codes and all scales are not copied: the result shares their memory.
+    NF4 codes and all scales are not copied if they are contiguous: the result shares
+    their memory.
 
     Args:
         entries: A state dict; entries of other weights in it are left alone.
@@ -157,7 +159,9 @@ def from_state_dict(
             block_size=SCALE_BLOCK_SIZE,
             shape=torch.Size((blocks,)),
             dtype=torch.float32,
-            offset=torch.tensor(state["nested_offset"], device=packed.device),
+            offset=torch.tensor(
+                state["nested_offset"], dtype=torch.float32, device=packed.device
+            ),
         )
     return QuantizedTensor(
         packed=packed,
@@ -289,8 +293,9 @@ def _entry(
             f"{key} must have {nbytes} bytes for this shape and block size, got "
             f"{entry.nbytes}: {DAMAGED}"
         )
-    # What bitsandbytes' own layers hold is a subclass of Tensor.
-    return entry.detach().as_subclass(Tensor).reshape(-1)
+    # What bitsandbytes' own layers hold is a subclass of Tensor; and only what is
+    # contiguous can be viewed as bytes.
+    return entry.detach().as_subclass(Tensor).reshape(-1).contiguous()
 
 
 def _is_table(table: Tensor, expected: Tensor) -> bool:

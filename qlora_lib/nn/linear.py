@@ -28,7 +28,8 @@ class Linear4bit(nn.Linear):
     floating parameter, leave them as they are.
 
     Args:
-        weight: The quantized weight, of shape ``[out_features, in_features]``.
+        weight: The quantized weight, of shape ``[out_features, in_features]``, as
+            :func:`qlora_lib.quantize` returns it.
         bias: float ``[out_features]``, or None.
 
     Attributes:
@@ -40,17 +41,16 @@ class Linear4bit(nn.Linear):
             None.
 
     Raises:
-        ValueError: If ``weight`` is not a matrix.
+        TypeError: If ``weight`` is no QuantizedTensor.
+        ValueError: If ``weight`` is not a matrix, has an offset, or has scales that are
+            quantized otherwise than by ``double_quant``; or if ``bias`` has another
+            shape.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
         # nn.Linear's own constructor would allocate the weight in full precision.
         nn.Module.__init__(self)
-        if len(weight.shape) != 2:
-            raise ValueError(
-                "weight must be quantized from a matrix [out_features, in_features], "
-                f"got shape {tuple(weight.shape)}"
-            )
+        _check_arguments(weight, bias)
         self.out_features, self.in_features = weight.shape
         self.codebook = weight.codebook
         self.block_size = weight.block_size
@@ -58,11 +58,14 @@ class Linear4bit(nn.Linear):
         self.weight = _frozen_bytes(weight.packed)
         self.nested_scales: nn.Parameter | None = None
         self.scales_offset: nn.Parameter | None = None
+        self.scales_codebook = SCALE_CODEBOOK
         scales = weight.scales
         if isinstance(scales, QuantizedTensor):
             self.scales = _frozen_bytes(scales.packed)
             self.nested_scales = _frozen_bytes(scales.scales)
             self.scales_offset = _frozen_bytes(scales.offset)
+            # One that was read from a file may differ in its last bits.
+            self.scales_codebook = scales.codebook
         else:
             self.scales = _frozen_bytes(scales)
         self.register_parameter(
@@ -88,14 +91,15 @@ class Linear4bit(nn.Linear):
             double_quant: Whether to quantize the scales as well.
 
         Raises:
-            TypeError: If ``linear`` is no ``nn.Linear`` or is quantized already.
-            ValueError: If the weight holds NaN or infinity; see
+            TypeError: If ``linear`` is no ``nn.Linear`` or is quantized already, or as
+                in :func:`qlora_lib.quantize`.
+            ValueError: If the weight holds NaN or infinity, or as in
                 :func:`qlora_lib.quantize`.
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
             raise TypeError(
                 "linear must be an nn.Linear that is not quantized yet, got "
-                f"{type(linear).__name__}"
+                f"{type(linear).__name__}: pass the layer of the dense model"
             )
         weight = quantize(linear.weight, codebook, block_size, double_quant)
         bias = None if linear.bias is None else linear.bias.detach().clone()
@@ -111,7 +115,7 @@ class Linear4bit(nn.Linear):
             scales = QuantizedTensor(
                 packed=self.scales.data,
                 scales=self.nested_scales.data.view(torch.float32),
-                codebook=SCALE_CODEBOOK,
+                codebook=self.scales_codebook,
                 block_size=SCALE_BLOCK_SIZE,
                 shape=self.scales.shape,
                 dtype=torch.float32,
@@ -129,9 +133,17 @@ class Linear4bit(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``, of the type of ``input``.
 
+        Under ``torch.autocast`` the product is computed and returned in its type.
+
         Raises:
+            TypeError: If ``input`` is no float tensor.
             RuntimeError: If the last dimension of ``input`` is not ``in_features``.
         """
+        if not input.is_floating_point():
+            raise TypeError(
+                f"input must be a float tensor, got {input.dtype}: convert it with "
+                ".float()"
+            )
         weight = self.quantized_weight
         output: Tensor = _FrozenLinear.apply(input, weight)
         return output if self.bias is None else output + self.bias.to(output.dtype)
@@ -156,7 +168,9 @@ def quantize_linears(
     """Replace the linear layers of a model by :class:`Linear4bit`, in place.
 
     All layers are quantized before the first is replaced, so the model is unchanged if
-    one of them cannot be.
+    one of them cannot be. A layer that stands in several places is quantized once and
+    stays shared. Subclasses of ``nn.Linear`` are left alone, since they may compute
+    something else.
 
     Args:
         model: The model to change.
@@ -170,18 +184,36 @@ def quantize_linears(
         The names of the replaced layers.
 
     Raises:
-        ValueError: If a weight holds NaN or infinity, or no layer was found to replace.
+        TypeError: If ``model`` is itself a linear layer, ``skip`` is a string, or as in
+            :func:`qlora_lib.quantize`.
+        ValueError: If a weight holds NaN or infinity, no layer was found to replace, or
+            as in :func:`qlora_lib.quantize`.
     """
+    if type(model) is nn.Linear:
+        raise TypeError(
+            "model must contain linear layers, got an nn.Linear, which cannot be "
+            "replaced in place: use Linear4bit.from_linear"
+        )
+    if isinstance(skip, str):
+        raise TypeError(
+            f"skip must be a collection of names, got the string {skip!r}: pass "
+            f"({skip!r},)"
+        )
+    quantized: dict[nn.Module, Linear4bit] = {}
     replacements: dict[str, Linear4bit] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear or name.rpartition(".")[2] in skip:
             continue
         try:
-            replacements[name] = Linear4bit.from_linear(
-                module, codebook, block_size, double_quant
-            )
-        except ValueError as error:
-            raise ValueError(f"model has a layer {name} whose {error}") from error
+            if module not in quantized:
+                quantized[module] = Linear4bit.from_linear(
+                    module, codebook, block_size, double_quant
+                )
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"model cannot be quantized at layer {name}: {error}"
+            ) from error
+        replacements[name] = quantized[module]
     if not replacements:
         raise ValueError(
             f"model has no nn.Linear to replace outside skip={tuple(skip)}; it may be "
@@ -206,7 +238,37 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_y @ ctx.weight.dequantize(grad_y.dtype), None
 
 
+def _check_arguments(weight: QuantizedTensor, bias: Tensor | None) -> None:
+    if not isinstance(weight, QuantizedTensor):
+        raise TypeError(
+            f"weight must be a QuantizedTensor, got {type(weight).__name__}: build the "
+            "layer with Linear4bit.from_linear, or quantize the weight first"
+        )
+    if len(weight.shape) != 2:
+        raise ValueError(
+            "weight must be quantized from a matrix [out_features, in_features], got "
+            f"shape {tuple(weight.shape)}"
+        )
+    scales = weight.scales
+    has_a_place = isinstance(scales, Tensor) or (
+        scales.block_size == SCALE_BLOCK_SIZE
+        and scales.codebook.bits == SCALE_CODEBOOK.bits
+        and isinstance(scales.scales, Tensor)
+        and scales.offset is not None
+    )
+    if weight.offset is not None or not has_a_place:
+        raise ValueError(
+            "weight has an offset, or scales that are quantized otherwise than by "
+            "quantize(..., double_quant=True): quantize it that way"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape ({weight.shape[0]},), one number for each row of "
+            f"weight, got {tuple(bias.shape)}"
+        )
+
+
 def _frozen_bytes(tensor: Tensor | QuantizedTensor | None) -> nn.Parameter:
-    assert isinstance(tensor, Tensor), "scales are nested at most once"
-    flat_bytes = tensor.detach().reshape(-1).view(torch.uint8)
+    assert isinstance(tensor, Tensor)  # _check_arguments has seen to it
+    flat_bytes = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     return nn.Parameter(flat_bytes, requires_grad=False)

@@ -38,7 +38,8 @@ def absmax_scales(numbers: Tensor, block_size: int) -> Tensor:
         number beyond the range of float32, has a scale that is not finite.
     """
     count = numbers.numel()
-    scales = torch.zeros(-(-count // block_size), device=numbers.device)
+    block_count = -(-count // block_size)
+    scales = torch.zeros(block_count, dtype=torch.float32, device=numbers.device)
     for piece, blocks in pieces(count, block_size):
         rows = numbers[piece].float().view(blocks.stop - blocks.start, -1)
         # Two reductions instead of abs().amax(): no temporary of the size of the piece.

@@ -49,7 +49,8 @@ class Codebook:
         values: Sequence[float] | Tensor,
         ties: Literal["lower", "upper"] = "lower",
     ) -> None:
-        table = torch.as_tensor(values, dtype=torch.float32, device="cpu").clone()
+        table = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+        table = table.detach().clone()
         _check_values(table)
         if ties not in ("lower", "upper"):
             raise ValueError(f"ties must be 'lower' or 'upper', got {ties!r}")
@@ -131,18 +132,19 @@ def floating_point(exponent_bits: int, mantissa_bits: int) -> Codebook:
     ``floating_point(3, 0)``.
 
     Raises:
-        ValueError: If ``exponent_bits`` is below 1, ``mantissa_bits`` is below 0, or
-            the sign and both fields together exceed 8 bits.
+        ValueError: If ``exponent_bits`` is no integer from 1 up, ``mantissa_bits`` is
+            none from 0 up, or the sign and both fields together exceed 8 bits.
     """
-    if exponent_bits < 1 or mantissa_bits < 0:
-        raise ValueError(
-            "exponent_bits must be at least 1 and mantissa_bits at least 0, got "
-            f"{exponent_bits} and {mantissa_bits}"
-        )
+    _check_field("exponent_bits", exponent_bits, smallest=1)
+    _check_field("mantissa_bits", mantissa_bits, smallest=0)
     bits = 1 + exponent_bits + mantissa_bits
-    _check_bits(bits)
-    fractions = torch.arange(2**mantissa_bits) / 2**mantissa_bits
-    exponents = torch.arange(2**exponent_bits - 1)
+    if bits > 8:
+        raise ValueError(
+            "exponent_bits and mantissa_bits must be at most 7 together, beside the "
+            f"sign, got {exponent_bits} and {mantissa_bits}"
+        )
+    fractions = torch.arange(2**mantissa_bits, dtype=torch.float32) / 2**mantissa_bits
+    exponents = torch.arange(2**exponent_bits - 1, dtype=torch.float32)
     normal = 2.0 ** exponents[:, None] * (1 + fractions)
     positive = torch.cat([fractions, normal.flatten()])
     values = torch.cat([-positive[1:].flip(0), positive])
@@ -180,11 +182,12 @@ def normal_float(bits: int) -> Codebook:
     p_max = round(1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2, 7)
 
     def half(count: int) -> Tensor:
-        probabilities = torch.linspace(p_max, 0.5, count + 1)[:-1]
-        quantiles: Tensor = torch.special.ndtri(probabilities.double())
+        grid = torch.linspace(p_max, 0.5, count + 1, dtype=torch.float32)
+        quantiles: Tensor = torch.special.ndtri(grid[:-1].double())
         return quantiles.float()
 
-    values = torch.cat([-half(n // 2 - 1), torch.zeros(1), half(n // 2).flip(0)])
+    negative, positive = -half(n // 2 - 1), half(n // 2).flip(0)
+    values = torch.cat([negative, negative.new_zeros(1), positive])
     return Codebook(f"nf{bits}", values / values[-1])
 
 
@@ -202,9 +205,9 @@ def dynamic(bits: int = 8) -> Codebook:
         ValueError: If ``bits`` is not in 2..8.
     """
     _check_bits(bits)
-    parts = [torch.tensor([0.0, 1.0])]
+    parts = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(bits - 1):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         decade = 10 ** (i - (bits - 2)) * ((edges[:-1] + edges[1:]) / 2)
         parts += [decade, -decade]
     return Codebook(f"dynamic{bits}", torch.cat(parts).sort().values)
@@ -213,6 +216,13 @@ def dynamic(bits: int = 8) -> Codebook:
 def _check_bits(bits: int) -> None:
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
+
+
+def _check_field(name: str, width: int, smallest: int) -> None:
+    if not isinstance(width, int) or width < smallest:
+        raise ValueError(
+            f"{name} must be an integer of at least {smallest}, got {width!r}"
+        )
 
 
 def _check_values(table: Tensor) -> None:

@@ -26,7 +26,7 @@ def pack(codes: Tensor, bits: int, padding: int = 0) -> Tensor:
     """Pack codes into bytes.
 
     Args:
-        codes: uint8 ``[count]``, each below ``2**bits``.
+        codes: uint8 of any shape, each below ``2**bits``, read in row-major order.
         bits: Width of a code, 1 to 8.
         padding: The code that fills the unused bits of the last byte.
 
@@ -34,10 +34,12 @@ def pack(codes: Tensor, bits: int, padding: int = 0) -> Tensor:
         uint8 ``[ceil(count * bits / 8)]``.
 
     Raises:
+        TypeError: If ``codes`` is not uint8.
         ValueError: If ``bits`` is not in 1..8.
     """
     group, group_bytes = _group(bits)
-    count = codes.numel()
+    codes = _flat_bytes("codes", codes)
+    count = len(codes)
     packed = codes.new_empty(packed_size(count, bits))
     for start in range(0, count, PIECE):
         piece = codes[start : start + PIECE]
@@ -55,7 +57,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack the first ``count`` codes; the inverse of :func:`pack`.
 
     Args:
-        packed: uint8 ``[ceil(count * bits / 8)]``.
+        packed: uint8 ``[ceil(count * bits / 8)]``, or another shape of that many bytes.
         bits: Width of a code, 1 to 8.
         count: How many codes there are.
 
@@ -63,13 +65,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         uint8 ``[count]``.
 
     Raises:
+        TypeError: If ``packed`` is not uint8.
         ValueError: If ``bits`` is not in 1..8 or ``packed`` has another length.
     """
     group, group_bytes = _group(bits)
-    if packed.numel() != packed_size(count, bits):
+    packed = _flat_bytes("packed", packed)
+    if len(packed) != packed_size(count, bits):
         raise ValueError(
             f"packed must have {packed_size(count, bits)} bytes to hold {count} codes "
-            f"of {bits} bits, got {packed.numel()}"
+            f"of {bits} bits, got {len(packed)}"
         )
     codes = packed.new_empty(count)
     for start in range(0, count, PIECE):
@@ -90,6 +94,15 @@ def _group(bits: int) -> tuple[int, int]:
         raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
+
+
+def _flat_bytes(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.uint8:
+        raise TypeError(
+            f"{name} must be uint8, got {tensor.dtype}: convert it with "
+            ".to(torch.uint8)"
+        )
+    return tensor.reshape(-1)
 
 
 def _pack_groups(codes: Tensor, bits: int, group_bytes: int) -> Tensor:

@@ -82,12 +82,21 @@ class QuantizedTensor:
         """Return the numbers that the codes stand for.
 
         Args:
-            dtype: Type of the result; None for the type of the original tensor.
+            dtype: Float type of the result; None for the type of the original tensor.
                 Products and the offset are float32, and the sum is rounded once.
 
         Returns:
             Tensor of the original shape.
+
+        Raises:
+            TypeError: If ``dtype`` is no float type.
         """
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(
+                f"dtype must be a float type, got {dtype}: the integer codes are in "
+                ".codes"
+            )
         scales = self.scales
         if isinstance(scales, QuantizedTensor):
             scales = scales.dequantize()
@@ -97,14 +106,23 @@ class QuantizedTensor:
             scales,
             self.codebook,
             self.block_size or max(count, 1),
-            dtype or self.dtype if self.offset is None else torch.float32,
+            dtype if self.offset is None else torch.float32,
         )
         if self.offset is not None:
-            numbers = (numbers + self.offset).to(dtype or self.dtype)
+            numbers = (numbers + self.offset).to(dtype)
         return numbers.view(self.shape)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """Return the same tensor with its codes and scales on ``device``."""
+        """Return the same tensor with its codes and scales on ``device``.
+
+        Raises:
+            TypeError: If ``device`` is a dtype, which ``Tensor.to`` would take as well.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"device must be a device, got {device}: codes and scales have fixed "
+                "types, pass the dtype to dequantize()"
+            )
         return dataclasses.replace(
             self,
             packed=self.packed.to(device),
@@ -146,7 +164,7 @@ def quantize(
         TypeError: If ``tensor`` is not one of the float types, ``codebook`` is not a
             Codebook, or ``block_size`` is not an integer.
         ValueError: If ``block_size`` is below 1, or ``tensor`` holds NaN, infinity, or
-            a number beyond the range of float32.
+            a number beyond the range of float32, or is on the meta device.
     """
     _check_arguments(tensor, codebook, block_size)
     numbers = tensor.reshape(-1)
@@ -155,7 +173,7 @@ def quantize(
     scales = absmax_scales(numbers, size)
     _check_finite(scales, numbers, size)
     codes = quantize_blockwise(numbers, scales, codebook, size)
-    zero_code = int(codebook.nearest(torch.zeros(1)))
+    zero_code = int(codebook.nearest(torch.zeros(1, dtype=torch.float32, device="cpu")))
     return QuantizedTensor(
         packed=pack(codes, codebook.bits, padding=zero_code),
         scales=_quantize_scales(scales) if double_quant else scales,
@@ -169,6 +187,8 @@ def quantize(
 def _quantize_scales(scales: Tensor) -> QuantizedTensor:
     """Quantize scales after subtracting their mean, since they are all positive."""
     offset = scales.mean() if len(scales) else scales.new_zeros(())
+    if bool(offset.isinf()):  # the sum left the range of float32; the mean lies in it
+        offset = scales.double().mean().float()
     centered = quantize(scales - offset, SCALE_CODEBOOK, SCALE_BLOCK_SIZE)
     return dataclasses.replace(centered, offset=offset)
 
@@ -181,6 +201,10 @@ def _check_arguments(
         raise TypeError(
             "tensor must be a float16, bfloat16, float32 or float64 tensor, got "
             f"{found}: convert it with .float()"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            "tensor is on the meta device and holds no numbers: load them first"
         )
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook such as NF4, got {codebook!r}")

@@ -1,6 +1,7 @@
 """Training of adapters on a quantized model, and the loss that judges it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -96,3 +97,23 @@ def test_finetune_refuses_nothing_to_train(tiny_model, byte_tokenizer, examples)
     tiny_model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         finetune(tiny_model, byte_tokenizer, examples, steps=1)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_finetune_refuses_no_steps(adapted_model, byte_tokenizer, examples, steps):
+    with pytest.raises(ValueError, match=f"steps must be .* got {steps}"):
+        finetune(adapted_model, byte_tokenizer, examples, steps=steps)
+
+
+def test_answer_losses_of_nothing(tiny_model, byte_tokenizer):
+    with pytest.raises(ValueError, match="examples is empty"):
+        answer_losses(tiny_model, byte_tokenizer, [])
+
+
+def test_a_loss_that_is_no_number_is_returned_as_such(
+    adapted_model, byte_tokenizer, examples
+):
+    adapter = next(p for p in adapted_model.parameters() if p.requires_grad)
+    adapter.data.fill_(float("nan"))
+    losses = finetune(adapted_model, byte_tokenizer, examples, steps=2)
+    assert all(math.isnan(loss) for loss in losses)

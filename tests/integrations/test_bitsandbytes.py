@@ -282,6 +282,23 @@ class TestReading:
         assert q.scales.packed.data_ptr() == entries["weight.absmax"].data_ptr()
         assert_same_entries(entries, before)
 
+    def test_strided_entries(self):
+        q = quantize(normal((300, 96)), NF4, double_quant=True)
+        entries = to_state_dict(q)
+        entries["weight"] = entries["weight"].view(-1).view(torch.bfloat16)
+        strided = {k: v.repeat_interleave(2, dim=0)[::2] for k, v in entries.items()}
+        assert torch.equal(from_state_dict(strided).dequantize(), q.dequantize())
+
+    def test_the_mean_is_float32_whatever_the_default(self):
+        q = quantize(normal((300, 96)), NF4, double_quant=True)
+        entries = to_state_dict(q)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            offset = from_state_dict(entries).scales.offset
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(offset, q.scales.offset)
+
     def test_a_table_that_another_processor_rounded(self):
         # torch.linspace, and so the dynamic map, ends in other bits elsewhere.
         entries = their_entries(

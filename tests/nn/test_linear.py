@@ -1,13 +1,16 @@
 """Linear4bit against the dense layer that holds the same, dequantized weight."""
 
 import copy
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from qlora_lib import INT4, NF4, Linear4bit, quantize
+from qlora_lib import INT4, NF4, Codebook, Linear4bit, quantize
 from qlora_lib.nn import quantize_linears
+from qlora_lib.numerics import DYNAMIC8
 
 LAYOUTS = [(64, False), (64, True), (32, True), (None, False)]
 
@@ -179,3 +182,109 @@ def test_quantize_linears_twice_says_so():
         ValueError, match=r"no nn\.Linear to replace.*quantized already"
     ):
         quantize_linears(model)
+
+
+def test_a_model_that_is_itself_a_linear_layer_is_refused():
+    linear = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match=r"model .* use Linear4bit\.from_linear"):
+        quantize_linears(linear)
+    assert not list(linear.children())
+
+
+def test_a_shared_layer_stays_shared():
+    linear = nn.Linear(64, 64)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    assert quantize_linears(model) == ["0", "2"]
+    assert isinstance(model[0], Linear4bit)
+    assert model[2] is model[0]
+
+
+def test_skip_is_no_string():
+    # In a string, "in" would look for a part of it: "head" in "lm_head".
+    with pytest.raises(TypeError, match=r"skip must be .* pass \('lm_head',\)"):
+        quantize_linears(make_model(), skip="lm_head")
+
+
+def test_quantize_linears_names_the_argument_and_the_layer():
+    with pytest.raises(ValueError, match="at layer first: block_size must be"):
+        quantize_linears(make_model(), block_size=0)
+    with pytest.raises(TypeError, match="at layer first: codebook must be"):
+        quantize_linears(make_model(), codebook="nf4")
+    with torch.device("meta"):
+        model = make_model()
+    with pytest.raises(ValueError, match="at layer first: tensor is on the meta"):
+        quantize_linears(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_input_must_be_float(dtype):
+    # A weight that is cut to integers would turn every output to zero.
+    layer = Linear4bit.from_linear(make_linear())
+    with pytest.raises(TypeError, match=f"input must be a float tensor, got {dtype}"):
+        layer(torch.ones(2, 96).to(dtype))
+
+
+def test_the_constructor_points_to_from_linear():
+    with pytest.raises(TypeError, match=r"weight must be .* Linear4bit\.from_linear"):
+        Linear4bit(96, 80)
+
+
+def test_bias_has_a_number_for_each_row():
+    weight = quantize(torch.ones(4, 4), NF4)
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\).*got \(1,\)"):
+        Linear4bit(weight, torch.ones(1))
+
+
+def test_a_weight_that_the_layer_could_not_hold_is_refused():
+    weight = quantize(torch.randn(4, 512), NF4, 4, double_quant=True)
+    zero = torch.zeros(())
+    other_block_size = quantize(weight.scales.dequantize(), DYNAMIC8, 64)
+    other_width = quantize(weight.scales.dequantize(), INT4, 256)
+    for unfit in (
+        replace(weight, offset=zero),
+        replace(weight, scales=replace(weight.scales, offset=None)),
+        replace(weight, scales=replace(other_block_size, offset=zero)),
+        replace(weight, scales=replace(other_width, offset=zero)),
+        replace(weight, scales=weight.scales.scales, offset=zero),
+    ):
+        with pytest.raises(ValueError, match="quantized otherwise than by"):
+            Linear4bit(unfit)
+
+
+def test_the_table_of_the_scales_is_kept():
+    # A file from another processor has one that differs in its last bits.
+    weight = quantize(torch.randn(64, 64), NF4, double_quant=True)
+    table = Codebook("from a file", DYNAMIC8.values * (1 - 1e-6))
+    weight = replace(weight, scales=replace(weight.scales, codebook=table))
+    layer = Linear4bit(weight)
+    assert torch.equal(layer.quantized_weight.dequantize(), weight.dequantize())
+
+
+def test_scales_need_not_be_contiguous():
+    weight = quantize(torch.randn(64, 64), NF4)
+    strided = replace(weight, scales=weight.scales.repeat_interleave(2)[::2])
+    restored = Linear4bit(strided).quantized_weight
+    assert torch.equal(restored.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (7, 3), (5, 1)])
+def test_odd_shapes(in_features, out_features):
+    layer = Linear4bit.from_linear(nn.Linear(in_features, out_features))
+    x = torch.randn(2, in_features)
+    torch.testing.assert_close(layer(x), dense_twin(layer)(x))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_an_empty_weight(in_features, out_features, double_quant):
+    linear = nn.Linear(in_features, out_features)
+    layer = Linear4bit.from_linear(linear, double_quant=double_quant)
+    x = torch.randn(3, in_features)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+def test_pickle_round_trip():
+    layer = Linear4bit.from_linear(make_linear())
+    x = torch.randn(2, 96)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))

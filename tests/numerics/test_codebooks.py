@@ -253,9 +253,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("exponent_bits", "mantissa_bits", "message"),
         [
-            (0, 3, "exponent_bits must be at least 1 .* got 0 and 3"),
-            (2, -1, "mantissa_bits at least 0, got 2 and -1"),
-            (4, 4, "bits must be an integer from 2 to 8, got 9"),
+            (0, 3, "exponent_bits must be an integer of at least 1, got 0"),
+            (2.0, 1, "exponent_bits must be an integer of at least 1, got 2.0"),
+            (2, -1, "mantissa_bits must be an integer of at least 0, got -1"),
+            (4, 4, "must be at most 7 together, beside the sign, got 4 and 4"),
         ],
     )
     def test_floating_point(self, exponent_bits, mantissa_bits, message):
@@ -270,3 +271,10 @@ def count_below(codebook: Codebook, middle: np.ndarray, x: np.float32) -> int:
     if codebook.ties == "lower":
         return sum(boundary < number for boundary in boundaries)
     return sum(boundary <= number for boundary in boundaries)
+
+
+def test_values_that_need_gradients_are_detached():
+    values = torch.tensor([-1.0, 1.0], requires_grad=True)
+    codebook = Codebook("one bit", values)
+    assert not codebook.values.requires_grad
+    assert not codebook.boundaries.requires_grad

@@ -91,3 +91,21 @@ def test_wrong_number_of_bytes(length):
         ValueError, match=f"packed must have 3 bytes to hold 5 codes .* got {length}"
     ):
         unpack(torch.zeros(length, dtype=torch.uint8), 4, 5)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_any_shape_is_read_row_by_row(bits):
+    codes = torch.arange(15, dtype=torch.uint8) & (2**bits - 1)
+    packed = pack(codes, bits)
+    assert torch.equal(pack(codes.view(3, 5), bits), packed)
+    assert torch.equal(unpack(packed.view(-1, 1), bits, 15), codes)
+
+
+def test_only_bytes_are_packed_and_unpacked():
+    # Wider integers would keep the bits that a shift pushes out of a byte.
+    codes = torch.tensor([7, 1, 6])
+    message = r"must be uint8, got torch\.int64: convert it"
+    with pytest.raises(TypeError, match="codes " + message):
+        pack(codes, 3)
+    with pytest.raises(TypeError, match="packed " + message):
+        unpack(codes, 8, 3)

@@ -451,3 +451,70 @@ def test_scales_with_an_offset_are_rounded_once():
     scales = quantize(torch.rand(64, 256) + 1, NF4, 64, double_quant=True).scales
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(scales.dequantize(dtype), scales.dequantize().to(dtype))
+
+
+@pytest.fixture
+def default_dtype(request):
+    """Another default type, as transformers sets while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "default_dtype", [torch.bfloat16, torch.float64], indirect=True
+)
+def test_the_default_dtype_changes_nothing(default_dtype):
+    assert torch.get_default_dtype() == default_dtype
+    x = torch.linspace(-3, 3, 1000, dtype=torch.float32)
+    flat, double = (quantize(x, NF4, 64, double) for double in (False, True))
+    numbers = [flat.dequantize(), double.dequantize()]
+    assert flat.scales.dtype == torch.float32
+    assert double.scales.scales.dtype == double.scales.offset.dtype == torch.float32
+    tables = {
+        NF4: normal_float(4),
+        DYNAMIC8: dynamic(),
+        INT4: integer(4),
+        FP4: floating_point(2, 1),
+    }
+    for expected, built in tables.items():
+        assert torch.equal(built.values, expected.values)
+
+    torch.set_default_dtype(torch.float32)
+    for double_quant, found in enumerate(numbers):
+        expected = quantize(x, NF4, 64, bool(double_quant)).dequantize()
+        assert torch.equal(found, expected)
+
+
+def test_the_default_device_changes_nothing():
+    x = torch.linspace(-3, 3, 100)
+    expected = quantize(x, NF4, 8)
+    with torch.device("meta"):
+        q = quantize(x, NF4, 8)
+    assert torch.equal(q.packed, expected.packed)
+
+
+def test_scales_whose_sum_leaves_float32():
+    x = torch.full((1000,), 3e38)
+    q = quantize(x, NF4, 64, double_quant=True)
+    assert torch.equal(q.dequantize(), x)
+
+
+def test_a_meta_tensor_has_nothing_to_quantize():
+    with pytest.raises(ValueError, match="tensor is on the meta device"):
+        quantize(torch.empty(4, device="meta"), NF4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.complex64])
+def test_dequantize_refuses_what_is_no_float_type(dtype, double_quant):
+    q = quantize(torch.ones(4), NF4, 4, double_quant)
+    with pytest.raises(TypeError, match=f"dtype must be a float type, got {dtype}"):
+        q.dequantize(dtype)
+
+
+def test_to_refuses_a_dtype():
+    q = quantize(torch.ones(4), NF4)
+    with pytest.raises(TypeError, match=r"device must be .* got torch\.float16"):
+        q.to(torch.float16)
