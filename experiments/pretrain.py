@@ -247,6 +247,9 @@ def pretrain(
     trainer.train()
     seconds = time.monotonic() - started
     model.config.use_cache = True  # the Trainer turns it off
+    # transformers would load the weights of an earlier run before the shards of this.
+    for earlier in output.glob("*.safetensors*"):
+        earlier.unlink()
     model.to(torch.bfloat16).save_pretrained(output, max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(output)
     tokens_per_step = size.batch_size * size.sequence_length

@@ -231,6 +231,5 @@ def test_loss_curve_shows_the_losses_and_the_marks():
     np.testing.assert_array_equal(
         line_labelled(ax, "training").get_ydata(), [3, 2.5, 2]
     )
-    mark = line_labelled(ax, "held out")
+    mark = line_labelled(ax, "held out: 2.20")
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2], [2.2])
-    assert texts(ax) == ["2.20"]

@@ -141,8 +141,9 @@ def loss_curve(
     ax = axes_or_new(ax)
     ax.plot(steps, as_array(losses), color=BLUE, marker="", label="training")
     for place, (label, (step, loss)) in enumerate((marks or {}).items(), 1):
+        # The value stands in the legend, where it cannot lie on the curve.
+        label = f"{label}: {loss:.2f}"
         ax.plot(step, loss, MARKERS[place], color=PALETTE[place], label=label, zorder=3)
-        note(ax, f"{loss:.2f}", (step, loss), (0, 6))
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     ax.margins(y=0.15)
     ax.legend()

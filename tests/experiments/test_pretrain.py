@@ -63,15 +63,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(texts[:32], {"made up": texts[32:]}, [source], [source], 0)
 
 
+EARLIER_WEIGHTS = (
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+)
+
+
 @pytest.fixture(scope="module")
 def run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     output = tmp_path_factory.mktemp("model")
+    for name in EARLIER_WEIGHTS:
+        (output / name).write_text("weights of an earlier run")
     budget = pretrain.Budget(steps=12, seconds=0.0)
     record = pretrain.pretrain(TINY, corpus, budget, output, compile_model=False)
     return {"size": "tiny", **record}, output
 
 
 # The script, in small
+
+
+def test_weights_of_an_earlier_run_are_gone(run: tuple[dict, Path]) -> None:
+    _, output = run
+    weights = {path.name for path in output.glob("*.safetensors*")}
+    assert weights == {"model.safetensors"}
 
 
 def test_a_run_saves_a_model_that_the_auto_classes_load(run: tuple[dict, Path]) -> None:
