@@ -38,13 +38,13 @@ import torch
 from torch import Tensor
 
 from qlora_lib.numerics import (
-    DYNAMIC8,
     FP4_BITSANDBYTES,
     NF4,
     Codebook,
     QuantizedTensor,
 )
 from qlora_lib.numerics.packing import packed_size
+from qlora_lib.numerics.quantized_tensor import SCALE_BLOCK_SIZE, SCALE_CODEBOOK
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4_BITSANDBYTES}
 # bitsandbytes' tables, in the order of its codes.
@@ -56,7 +56,6 @@ TABLES = {
     ),
 }
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-SCALE_BLOCK_SIZE = 256
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -150,12 +149,14 @@ def from_state_dict(
     if "nested_offset" not in state:
         scales = _floats(entries, f"{prefix}.absmax", blocks)
     else:
-        nested_table = _table(entries, f"{prefix}.nested_quant_map", DYNAMIC8.values)
+        nested_table = _table(
+            entries, f"{prefix}.nested_quant_map", SCALE_CODEBOOK.values
+        )
         nested_blocks = -(-blocks // SCALE_BLOCK_SIZE)
         scales = QuantizedTensor(
             packed=_entry(entries, f"{prefix}.absmax", [torch.uint8], blocks),
             scales=_floats(entries, f"{prefix}.nested_absmax", nested_blocks),
-            codebook=Codebook(DYNAMIC8.name, nested_table),
+            codebook=Codebook(SCALE_CODEBOOK.name, nested_table),
             block_size=SCALE_BLOCK_SIZE,
             shape=torch.Size((blocks,)),
             dtype=torch.float32,
@@ -188,14 +189,10 @@ def _writable_type(q: QuantizedTensor) -> str:
             f"q has dtype {q.dtype}, which bitsandbytes does not know: quantize from "
             f"{', '.join(DTYPES)}"
         )
-    scales = q.scales
-    nested_as_theirs = isinstance(scales, Tensor) or (
-        _is_table(scales.codebook.values, DYNAMIC8.values)
-        and scales.block_size == SCALE_BLOCK_SIZE
-        and isinstance(scales.scales, Tensor)
-        and scales.offset is not None
+    has_their_table = isinstance(q.scales, Tensor) or _is_table(
+        q.scales.codebook.values, SCALE_CODEBOOK.values
     )
-    if q.offset is not None or not nested_as_theirs:
+    if not (q.has_standard_scales and has_their_table):
         raise ValueError(
             "q has an offset, or scales that are quantized otherwise than bitsandbytes "
             "does: quantize with double_quant=True or False"

@@ -249,14 +249,7 @@ def _check_arguments(weight: QuantizedTensor, bias: Tensor | None) -> None:
             "weight must be quantized from a matrix [out_features, in_features], got "
             f"shape {tuple(weight.shape)}"
         )
-    scales = weight.scales
-    has_a_place = isinstance(scales, Tensor) or (
-        scales.block_size == SCALE_BLOCK_SIZE
-        and scales.codebook.bits == SCALE_CODEBOOK.bits
-        and isinstance(scales.scales, Tensor)
-        and scales.offset is not None
-    )
-    if weight.offset is not None or not has_a_place:
+    if not weight.has_standard_scales:
         raise ValueError(
             "weight has an offset, or scales that are quantized otherwise than by "
             "quantize(..., double_quant=True): quantize it that way"

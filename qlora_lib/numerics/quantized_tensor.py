@@ -78,6 +78,24 @@ class QuantizedTensor:
         count = self.shape.numel()
         return 8 * self.nbytes / count if count else 0.0
 
+    @property
+    def has_standard_scales(self) -> bool:
+        """Whether the scales are laid out as :func:`quantize` leaves them.
+
+        They are float, or after double quantization 8-bit codes in blocks of 256 with
+        an offset; the tensor itself has no offset.
+        """
+        scales = self.scales
+        return self.offset is None and (
+            isinstance(scales, Tensor)
+            or (
+                scales.block_size == SCALE_BLOCK_SIZE
+                and scales.codebook.bits == SCALE_CODEBOOK.bits
+                and isinstance(scales.scales, Tensor)
+                and scales.offset is not None
+            )
+        )
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the numbers that the codes stand for.
 

@@ -274,6 +274,7 @@ def test_odd_shapes(in_features, out_features):
     torch.testing.assert_close(layer(x), dense_twin(layer)(x))
 
 
+# What nn.Linear warns of is the case under test.
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("in_features", "out_features"), [(0, 4), (4, 0), (0, 0)])
 @pytest.mark.parametrize("double_quant", [False, True])
