@@ -26,11 +26,11 @@ def provenance(packages: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def write_record(name: str, record: dict[str, Any]) -> None:
-    """Write a record to experiments/results/NAME.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def write_record(name: str, record: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Write a record to FOLDER/NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1) + "\n"
-    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def commit() -> str | None:

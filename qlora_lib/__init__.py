@@ -1,5 +1,6 @@
 """QLoRA, from a vector of four numbers to a fine-tuned language model."""
 
+from qlora_lib.kernels.ops import dequantize, matmul, quantize
 from qlora_lib.nn import Linear4bit
 from qlora_lib.numerics import (
     FP4,
@@ -9,7 +10,6 @@ from qlora_lib.numerics import (
     Codebook,
     QuantizedTensor,
     normal_float,
-    quantize,
 )
 
 __version__ = "0.1.0"
@@ -22,6 +22,8 @@ __all__ = [
     "Codebook",
     "Linear4bit",
     "QuantizedTensor",
+    "dequantize",
+    "matmul",
     "normal_float",
     "quantize",
 ]

@@ -73,7 +73,17 @@ def test_importing_it_imports_nothing_heavy():
     assert "qlora_lib" in packages
     # Over torch, only its own modules and those of the standard library.
     assert packages - sys.stdlib_module_names == {"qlora_lib"}
-    own = {module for module in imported if module.startswith("qlora_lib.")}
-    assert all(
-        module.startswith(("qlora_lib.numerics", "qlora_lib.nn")) for module in own
+    own = {
+        module.split(".")[1] for module in imported if module.startswith("qlora_lib.")
+    }
+    assert own == {"kernels", "nn", "numerics"}
+
+
+def test_on_the_cpu_triton_is_never_imported():
+    code = (
+        "import sys, torch; from qlora_lib import NF4, dequantize, matmul, quantize; "
+        "q = quantize(torch.randn(64, 64), NF4, double_quant=True); "
+        "matmul(torch.ones(2, 64), q); dequantize(q); "
+        "assert 'triton' not in sys.modules"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -233,3 +233,151 @@ def test_loss_curve_shows_the_losses_and_the_marks():
     )
     mark = line_labelled(ax, "held out: 2.20")
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2], [2.2])
+
+
+def matmul_record(layers=("qlora_lib", "bf16"), shapes=((8, 4), (4, 4))):
+    """A made-up record of two sizes: a layer takes its place + 1, times m, in us."""
+    rows = [
+        {"layer": layer, "n": n, "k": k, "m": m, "direction": direction, "us": us * m}
+        for us, layer in enumerate(layers, 1)
+        for n, k in shapes
+        for direction in ("forward", "forward+backward")
+        for m in (1, 4)
+    ]
+    return {
+        "rows": rows,
+        "bytes_per_weight": dict.fromkeys(layers, 0.5) | {"bf16": 2.0},
+        "ceilings": {"copy_tb_s": 2.0, "bf16_tflop_s": 4.0},
+    }
+
+
+def test_roofline_has_a_point_for_each_size_under_both_ceilings():
+    ax = plotting.roofline(matmul_record(), 8, 4)
+    for place, (layer, bytes_per_weight) in enumerate(
+        [("qlora_lib", 0.5), ("bf16", 2)], 1
+    ):
+        line = line_labelled(ax, layer)
+        operations = np.array([2 * m * 8 * 4 for m in (1, 4)])
+        moved = np.array([bytes_per_weight * 8 * 4 + 2 * m * (8 + 4) for m in (1, 4)])
+        np.testing.assert_allclose(line.get_xdata(), operations / moved)
+        seconds = place * np.array([1, 4]) * 1e-6
+        np.testing.assert_allclose(line.get_ydata(), operations / seconds)
+    (roof,) = (line for line in ax.lines if line.get_marker() == "")
+    intensity, attainable = roof.get_data()
+    np.testing.assert_allclose(attainable, np.minimum(2e12 * intensity, 4e12))
+    assert 2.0 in intensity  # where the two ceilings meet
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert set(texts(ax)) == {"M=1", "memory 2.00 TB/s", "bf16 4 TFLOP/s"}
+
+
+def test_roofline_takes_the_forward_rows_of_the_shape_alone():
+    record = matmul_record()
+    kept = [row for row in record["rows"] if (row["n"], row["k"]) == (8, 4)]
+    forward = [row for row in kept if row["direction"] == "forward"]
+    alone = plotting.roofline(record | {"rows": forward}, 8, 4)
+    among_others = plotting.roofline(record, 8, 4)
+    for one, other in zip(alone.lines, among_others.lines, strict=True):
+        np.testing.assert_array_equal(one.get_xydata(), other.get_xydata())
+
+
+def test_roofline_names_the_shapes_that_there_are():
+    with pytest.raises(ValueError, match=r"n=8, k=5: .* only of 4x4, 8x4"):
+        plotting.roofline(matmul_record(), 8, 5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_speedup_is_relative_to_bf16_in_a_panel_for_each_shape(direction):
+    record = matmul_record(("qlora_lib", "bf16", "torchao"))
+    for row in record["rows"]:
+        row["us"] *= 1 if row["direction"] == "forward" else row["m"]
+    figure = plotting.speedup(record, direction)
+    assert [ax.get_title() for ax in figure.axes] == ["8 × 4", "4 × 4"]
+    for ax in figure.axes:
+        for layer, ratio in {"qlora_lib": 1 / 2, "torchao": 3 / 2}.items():
+            line = line_labelled(ax, layer)
+            np.testing.assert_array_equal(line.get_xdata(), [1, 4])
+            np.testing.assert_allclose(line.get_ydata(), [ratio, ratio])
+        np.testing.assert_array_equal(line_labelled(ax, "bf16").get_ydata(), [1, 1])
+        (band,) = ax.patches
+        bottom, top = band.get_y(), band.get_y() + band.get_height()
+        np.testing.assert_allclose((bottom, top), (1, 1.05))
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert names == ["bf16", "qlora_lib", "torchao"]
+
+
+def test_speedup_leaves_out_what_bf16_was_not_measured_at():
+    record = matmul_record()
+    record["rows"] = [
+        row for row in record["rows"] if (row["layer"], row["m"]) != ("bf16", 4)
+    ]
+    for ax in plotting.speedup(record).axes:
+        np.testing.assert_array_equal(line_labelled(ax, "qlora_lib").get_xdata(), [1])
+
+
+def test_speedup_needs_bf16():
+    with pytest.raises(ValueError, match="direction='forward': .* no bf16 row"):
+        plotting.speedup(matmul_record(("qlora_lib", "torchao")))
+
+
+def test_a_layer_looks_the_same_in_every_figure_of_a_record():
+    record = matmul_record(("qlora_lib", "bf16", "torchao"))
+    left = line_labelled(plotting.roofline(record, 4, 4), "torchao")
+    right = line_labelled(plotting.speedup(record).axes[0], "torchao")
+    assert left.get_color() == right.get_color() == plotting.PALETTE[2]
+    assert left.get_marker() == right.get_marker() == plotting.MARKERS[2]
+
+
+def tuning_record():
+    """A made-up record of two steps, and of a third that gives wrong values."""
+
+    def row(step, m, us, decoder="table"):
+        cell = {"step": step, "kernel": f"kernel {step}", "decoder": decoder}
+        return {**cell, "n": 8, "k": 4, "m": m, "us": us}
+
+    return {
+        "rows": [
+            *(row(1, 1, 9.0), row(1, 1, 7.0), row(2, 1, 4.0)),
+            *(row(2, 4, 5.0), row(3, 4, 6.0), row(4, 4, 90.0)),
+            *(row(5, 1, 1.0, "none (values wrong)"), {**row(5, 1, 1.0), "n": 4}),
+        ],
+        "bf16": [{"n": 8, "k": 4, "m": m, "us": 10.0 * m} for m in (8, 2)],
+    }
+
+
+STEPS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+def test_tuning_steps_have_a_bar_for_each_step_that_gives_right_values():
+    figure = plotting.tuning_steps(tuning_record(), 8, 4, (1, 4), STEPS, floor_us=2)
+    one, four = figure.axes
+    names = [label.get_text() for label in one.get_yticklabels()]
+    assert names == ["1. one", "2. two", "3. three", "4. four", "5. five"]
+    for ax, title, bars in (
+        (one, "M=1", {0: 7, 1: 4}),
+        (four, "M=4", {1: 5, 2: 6, 3: 90}),
+    ):
+        assert ax.get_title() == title
+        drawn = {bar.get_center()[1]: bar.get_width() for (bar,) in ax.containers}
+        assert drawn == pytest.approx(bars)
+        assert line_labelled(ax, "memory alone").get_xdata() == [2, 2]
+    assert one.yaxis_inverted()  # the first step on top
+
+
+def test_tuning_steps_compare_with_bf16_of_at_least_as_many_tokens():
+    figure = plotting.tuning_steps(tuning_record(), 8, 4, (1, 4), STEPS, floor_us=2)
+    times = [line_labelled(ax, "bf16 layer").get_xdata()[0] for ax in figure.axes]
+    assert times == [20, 80]
+
+
+def test_tuning_steps_cut_off_what_is_far_longer():
+    record = tuning_record()
+    record["bf16"] = [{"n": 8, "k": 4, "m": 4, "us": 10.0}]
+    (ax,) = plotting.tuning_steps(record, 8, 4, (4,), STEPS, floor_us=2).axes
+    assert texts(ax) == ["5", "6", "90 →"]
+    assert ax.get_xlim()[1] == pytest.approx(14)
+
+
+@pytest.mark.parametrize("m", [2, 16])
+def test_tuning_steps_need_steps_and_a_bf16_layer(m):
+    with pytest.raises(ValueError, match=f"m={m}: record has 0 steps"):
+        plotting.tuning_steps(tuning_record(), 8, 4, (m,), STEPS, floor_us=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_lib.numerics import NF4, Codebook, QuantizedTensor, quantize
+from qlora_lib.kernels.ops import matmul, quantize
+from qlora_lib.numerics import NF4, Codebook, QuantizedTensor
 from qlora_lib.numerics.quantized_tensor import SCALE_BLOCK_SIZE, SCALE_CODEBOOK
 
 
@@ -110,19 +109,19 @@ class Linear4bit(nn.Linear):
         """The weight as a QuantizedTensor that shares memory with the parameters."""
         scales: Tensor | QuantizedTensor
         if self.nested_scales is None or self.scales_offset is None:
-            scales = self.scales.data.view(torch.float32)
+            scales = self.scales.detach().view(torch.float32)
         else:
             scales = QuantizedTensor(
-                packed=self.scales.data,
-                scales=self.nested_scales.data.view(torch.float32),
+                packed=self.scales.detach(),
+                scales=self.nested_scales.detach().view(torch.float32),
                 codebook=self.scales_codebook,
                 block_size=SCALE_BLOCK_SIZE,
                 shape=self.scales.shape,
                 dtype=torch.float32,
-                offset=self.scales_offset.data.view(torch.float32)[0],
+                offset=self.scales_offset.detach().view(torch.float32)[0],
             )
         return QuantizedTensor(
-            packed=self.weight.data,
+            packed=self.weight.detach(),
             scales=scales,
             codebook=self.codebook,
             block_size=self.block_size,
@@ -137,16 +136,10 @@ class Linear4bit(nn.Linear):
 
         Raises:
             TypeError: If ``input`` is no float tensor.
-            RuntimeError: If the last dimension of ``input`` is not ``in_features``.
+            ValueError: If the last dimension of ``input`` is not ``in_features``, or it
+                is on another device.
         """
-        if not input.is_floating_point():
-            raise TypeError(
-                f"input must be a float tensor, got {input.dtype}: convert it with "
-                ".float()"
-            )
-        weight = self.quantized_weight
-        output: Tensor = _FrozenLinear.apply(input, weight)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return matmul(input, self.quantized_weight, self.bias)
 
     def extra_repr(self) -> str:
         """Name the layer's shape and data type in the model's printout."""
@@ -223,19 +216,6 @@ def quantize_linears(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return list(replacements)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """``x W^T`` that keeps only the quantized weight for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return grad_y @ ctx.weight.dequantize(grad_y.dtype), None
 
 
 def _check_arguments(weight: QuantizedTensor, bias: Tensor | None) -> None:

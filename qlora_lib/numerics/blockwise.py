@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qlora_lib.numerics.codebooks import Codebook
+from qlora_lib.numerics.codebooks import Codebook, lookup
 
 # Numbers treated at a time: small enough for the cache, large enough for all threads.
 PIECE = 2**20
@@ -77,7 +77,7 @@ def quantize_blockwise(
 def dequantize_blockwise(
     codes: Tensor,
     scales: Tensor,
-    codebook: Codebook,
+    values: Tensor,
     block_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -89,7 +89,7 @@ def dequantize_blockwise(
     Args:
         codes: uint8 ``[count]``.
         scales: float32 ``[ceil(count / block_size)]``.
-        codebook: The values that the codes stand for.
+        values: float32 ``[entries]``, the numbers that the codes stand for.
         block_size: How many consecutive codes share a scale.
         dtype: Type of the result.
 
@@ -98,7 +98,7 @@ def dequantize_blockwise(
     """
     numbers = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
     for piece, blocks in pieces(codes.numel(), block_size):
-        rows = codebook.lookup(codes[piece]).view(blocks.stop - blocks.start, -1)
+        rows = lookup(values, codes[piece]).view(blocks.stop - blocks.start, -1)
         numbers[piece] = rows.mul_(scales[blocks, None]).view(-1)
     return numbers
 

@@ -8,7 +8,7 @@ table and in the rule for ties.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class Codebook:
         self.boundaries = (table[:-1] + table[1:]) / 2
         self.bits = (len(table) - 1).bit_length()
         self.ties = ties
+        # Made in inference mode, they could not be saved for a later backward pass.
+        with torch.inference_mode(False):
+            unused = table.new_zeros(2**self.bits - len(table))
+            self._tables = {table.device: torch.cat([table, unused])}
 
     def nearest(self, normalized: Tensor) -> Tensor:
         """Return the code of the value nearest to each number.
@@ -83,9 +87,26 @@ class Codebook:
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Return the float32 value of each code, in the shape of ``codes``."""
-        # int32 indexes: uint8 ones would be read as a mask.
-        flat = self.values.to(codes.device).index_select(0, codes.reshape(-1).int())
-        return flat.view(codes.shape)
+        return lookup(self.table(codes.device)[: len(self)], codes)
+
+    def table(self, device: torch.device) -> Tensor:
+        """The values on a device: float32 ``[2**bits]``, zeros after the last value.
+
+        The copy is made at the first call for a device and shared from then on, so the
+        first call must not be part of a CUDA graph's capture.
+        """
+        table = self._tables.get(device)
+        if table is None:
+            # Only a plain tensor may outlive this call: not one of inference mode, nor
+            # a fake one of a tracer, nor one that torch.func has wrapped.
+            with torch.inference_mode(False):
+                table = self._tables[torch.device("cpu")].to(device)
+            if (
+                type(table) is Tensor
+                and not torch._C._are_functorch_transforms_active()
+            ):
+                self._tables[device] = table
+        return table
 
     def __len__(self) -> int:
         return len(self.values)
@@ -100,6 +121,16 @@ class Codebook:
 
     def __hash__(self) -> int:
         return hash((self.ties, tuple(self.values.tolist())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the tables, since their devices may be missing where it is read.
+        return Codebook, (self.name, self.values, self.ties)
+
+
+def lookup(values: Tensor, codes: Tensor) -> Tensor:
+    """``values[codes]``, in the shape of ``codes``, which are uint8."""
+    # int32 indexes: uint8 ones would be read as a mask.
+    return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
 def integer(bits: int) -> Codebook:

@@ -99,6 +99,9 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the numbers that the codes stand for.
 
+        This is the reference, in plain PyTorch on every device;
+        :func:`qlora_lib.dequantize` gives the same bits, and faster on a GPU.
+
         Args:
             dtype: Float type of the result; None for the type of the original tensor.
                 Products and the offset are float32, and the sum is rounded once.
@@ -122,7 +125,7 @@ class QuantizedTensor:
         numbers = dequantize_blockwise(
             self.codes.view(-1),
             scales,
-            self.codebook,
+            self.codebook.table(self.device)[: len(self.codebook)],
             self.block_size or max(count, 1),
             dtype if self.offset is None else torch.float32,
         )
@@ -163,6 +166,9 @@ def quantize(
     ``double_quant`` the scales, less their mean, are quantized too: 8-bit codes of the
     signed dynamic map in blocks of 256.
 
+    This is the reference, in plain PyTorch on every device; :func:`qlora_lib.quantize`
+    gives the same bits, and faster on a GPU.
+
     A block of zeros dequantizes to zeros if the codebook has a zero, and with any
     codebook if the scales are not quantized; else to numbers close to zero.
 
@@ -184,17 +190,17 @@ def quantize(
         ValueError: If ``block_size`` is below 1, or ``tensor`` holds NaN, infinity, or
             a number beyond the range of float32, or is on the meta device.
     """
-    _check_arguments(tensor, codebook, block_size)
+    check_arguments(tensor, codebook, block_size)
     numbers = tensor.reshape(-1)
     count = numbers.numel()
     size = block_size or max(count, 1)
     scales = absmax_scales(numbers, size)
-    _check_finite(scales, numbers, size)
+    check_finite(scales, numbers, size)
     codes = quantize_blockwise(numbers, scales, codebook, size)
     zero_code = int(codebook.nearest(torch.zeros(1, dtype=torch.float32, device="cpu")))
     return QuantizedTensor(
         packed=pack(codes, codebook.bits, padding=zero_code),
-        scales=_quantize_scales(scales) if double_quant else scales,
+        scales=quantize_scales(scales) if double_quant else scales,
         codebook=codebook,
         block_size=block_size,
         shape=tensor.shape,
@@ -202,7 +208,7 @@ def quantize(
     )
 
 
-def _quantize_scales(scales: Tensor) -> QuantizedTensor:
+def quantize_scales(scales: Tensor) -> QuantizedTensor:
     """Quantize scales after subtracting their mean, since they are all positive."""
     offset = scales.mean() if len(scales) else scales.new_zeros(())
     if bool(offset.isinf()):  # the sum left the range of float32; the mean lies in it
@@ -211,9 +217,8 @@ def _quantize_scales(scales: Tensor) -> QuantizedTensor:
     return dataclasses.replace(centered, offset=offset)
 
 
-def _check_arguments(
-    tensor: Tensor, codebook: Codebook, block_size: int | None
-) -> None:
+def check_arguments(tensor: Tensor, codebook: Codebook, block_size: int | None) -> None:
+    """Raise for arguments that :func:`quantize` cannot take; see there."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOAT_DTYPES:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(
@@ -237,7 +242,7 @@ def _check_arguments(
         )
 
 
-def _check_finite(scales: Tensor, numbers: Tensor, block_size: int) -> None:
+def check_finite(scales: Tensor, numbers: Tensor, block_size: int) -> None:
     """Name the first number that has no place in a block; the scales already know."""
     bad_blocks = ~torch.isfinite(scales)
     if not bool(bad_blocks.any()):

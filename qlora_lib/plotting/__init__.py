@@ -16,6 +16,7 @@ from qlora_lib.plotting.data import (
     interval_histogram,
     quantile_bins,
 )
+from qlora_lib.plotting.kernels import roofline, speedup, tuning_steps
 from qlora_lib.plotting.results import (
     bits_bars,
     error_by_block_size,
@@ -39,4 +40,7 @@ __all__ = [
     "number_lines",
     "quantile_bins",
     "relative_precision",
+    "roofline",
+    "speedup",
+    "tuning_steps",
 ]

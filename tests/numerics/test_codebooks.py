@@ -1,6 +1,8 @@
 """The values of every codebook, and the rule that finds the nearest of them."""
 
+import copy
 import math
+import pickle
 from fractions import Fraction
 from statistics import NormalDist
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qlora_lib.numerics import (
     DYNAMIC8,
@@ -198,6 +201,66 @@ class TestNearest:
         assert torch.equal(codes.view(-1), codebook.nearest(numbers.view(-1)))
         assert codebook.nearest(torch.zeros(())).shape == ()
         assert codebook.nearest(torch.zeros(0)).shape == (0,)
+
+
+class TestTable:
+    """The copy of the values on a device; the meta device is a second one here."""
+
+    meta = torch.device("meta")
+
+    @pytest.mark.parametrize("codebook", CODEBOOKS, ids=by_name)
+    def test_it_has_a_place_for_every_code(self, codebook):
+        table = codebook.table(torch.device("cpu"))
+        assert len(table) == 2**codebook.bits
+        assert torch.equal(table[: len(codebook)], codebook.values)
+        assert not table[len(codebook) :].any()
+
+    def test_it_is_made_once_for_each_device(self):
+        codebook = Codebook("new", NF4.values)
+        assert codebook.table(self.meta) is codebook.table(self.meta)
+        assert codebook.table(self.meta).device == self.meta
+        assert codebook.table(NF4.values.device) is codebook.table(NF4.values.device)
+
+    def test_a_code_without_a_value_is_still_refused(self):
+        with pytest.raises(IndexError):
+            INT4.lookup(torch.tensor([15], dtype=torch.uint8))
+
+    def test_no_tensor_of_inference_mode_is_kept(self):
+        with torch.inference_mode():
+            codebook = Codebook("new", NF4.values)
+            codebook.table(self.meta)
+        for device in (self.meta, torch.device("cpu")):
+            assert not codebook.table(device).is_inference()
+
+    def test_no_fake_tensor_is_kept(self):
+        codebook = Codebook("new", NF4.values)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(codebook.table(self.meta), FakeTensor)
+        assert type(codebook.table(self.meta)) is torch.Tensor
+
+    def test_no_wrapped_tensor_is_kept(self):
+        codebook = Codebook("new", NF4.values)
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            return (x * codebook.table(self.meta)).sum()
+
+        x = torch.ones(16, device=self.meta)
+        torch.func.grad(loss)(x)
+        # What torch.func wrapped cannot be used once its transform has ended.
+        assert (codebook.table(self.meta) * x).shape == (16,)
+
+    def test_a_copy_leaves_the_tables_behind(self):
+        codebook = Codebook("new", NF4.values, ties="upper")
+        codebook.table(self.meta)
+        for other in (copy.deepcopy(codebook), pickle.loads(pickle.dumps(codebook))):
+            assert (other, other.name) == (codebook, "new")
+            assert set(other._tables) == {torch.device("cpu")}
+
+    @pytest.mark.gpu
+    def test_on_the_gpu(self):
+        codes = torch.arange(16, dtype=torch.uint8, device="cuda")
+        assert torch.equal(NF4.lookup(codes).cpu(), NF4.values)
+        assert NF4.table(codes.device) is NF4.table(codes.device)
 
 
 class TestEquality:

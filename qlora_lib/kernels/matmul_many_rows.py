@@ -1,0 +1,227 @@
+"""Multiply some hundred rows by a 4-bit matrix without writing the matrix out.
+
+With more rows the tensor cores have more to do, and the decoding has to go on beside
+them. As in :mod:`qlora_lib.kernels.matmul_few_rows`, ``Y^T = W X^T``, codes are looked
+up in pairs, and what a thread has loaded is its own part of the tensor core's left
+operand. But here the warps share K: each has its own rows of W, and all of them read
+the same tile of x, which waits in shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_lib.kernels.decoding import SCALE_BLOCK_SIZE, round_to
+from qlora_lib.kernels.lookup import fill_tables, look_up_scales, look_up_words
+from qlora_lib.kernels.storage import Storage
+from qlora_lib.kernels.tiles import (
+    CHUNK,
+    Tiling,
+    add_product,
+    choose_tiling,
+    has_tables,
+    launch_options,
+    load_tile,
+)
+
+# By rows of x in a tile. Found on an H200 (experiments/results/kernel_tuning.json, step
+# 9): narrow tilings are for matrices too small to fill the GPU with wide ones.
+TILINGS = {
+    32: (Tiling(128, 4, sharing=2), None),
+    64: (Tiling(128, 4, sharing=2, registers=192), Tiling(64, 4, sharing=2)),
+    128: (Tiling(128, 8, sharing=1), Tiling(64, 4, sharing=1)),
+}
+# Steps that loads from memory are ahead of their use, by rows of x in a tile.
+STAGES = {32: 4, 64: 3, 128: 3}
+
+
+def matmul_many_rows(
+    rows: Tensor, storage: Storage, n: int, bias: Tensor | None
+) -> Tensor:
+    """``y = x W^T + b``, as :func:`~.matmul_few_rows.matmul_few_rows` has it."""
+    m, k = rows.shape
+    tile = min(max(32, triton.next_power_of_2(m)), max(TILINGS))
+    tiles = triton.cdiv(m, tile)
+    tiling = choose_tiling(*TILINGS[tile], n, tiles, rows.device)
+    output = rows.new_empty(m, n)
+    nested = storage.nested_scales is not None
+    with torch.cuda.device_of(rows):
+        arranged = _arrange(rows, tile)
+        many_rows_kernel[(tiles, triton.cdiv(n, tiling.outputs))](
+            arranged,
+            storage.packed.view(torch.int32),
+            storage.scales,
+            storage.nested_scales,
+            storage.offset,
+            storage.values,
+            storage.scale_values,
+            bias,
+            output,
+            m,
+            n,
+            k // 8,
+            ROWS=tile,
+            OUTPUTS=tiling.outputs,
+            WARPS=tiling.warps,
+            BLOCK_SIZE=storage.block_size,
+            CHUNKS=k // int(CHUNK),
+            NESTED=nested,
+            SHARED=has_tables(rows.device),
+            STAGES=STAGES[tile],
+            num_stages=STAGES[tile],
+            **launch_options(tiling),
+        )
+    return output
+
+
+def _arrange(rows: Tensor, tile: int) -> Tensor:
+    """Lay x out as the tensor core meets it: ``[tiles, k / 128, 2, tile, 64]``.
+
+    The columns of a chunk are 4 threads x 4 words x 2 halves x 2 pairs x 2; they become
+    halves, words, pairs, threads, 2.
+    """
+    m, k = rows.shape
+    tiles = triton.cdiv(m, tile)
+    arranged = rows.new_empty(tiles, k // int(CHUNK), 2, tile, 64)
+    arrange_kernel[(k // int(CHUNK), tiles)](
+        rows,
+        arranged,
+        m,
+        k,
+        rows.stride(0),
+        rows.stride(1),
+        ROWS=tile,
+        num_warps=max(4, tile // 16),
+    )
+    return arranged
+
+
+@triton.jit
+def arrange_kernel(rows, arranged, m, k, row_stride, column_stride, ROWS: tl.constexpr):
+    """Write one chunk of one tile of the arranged x."""
+    chunk = tl.program_id(0)
+    tile = tl.program_id(1)
+    index = tl.arange(0, ROWS * CHUNK)
+    place = index % 64
+    half = index // (64 * ROWS)
+    row = tile * ROWS + index // 64 % ROWS
+    thread = place // 2 % 4
+    column = thread * 32 + place // 16 * 8 + half * 4 + place // 8 % 2 * 2 + place % 2
+    source = row.to(tl.int64) * row_stride + (chunk * CHUNK + column) * column_stride
+    x = tl.load(rows + source, mask=row < m, other=0.0)
+    first = (tile * (k // CHUNK) + chunk).to(tl.int64) * (ROWS * CHUNK)
+    tl.store(arranged + first + index, x)
+
+
+@triton.jit
+def many_rows_kernel(
+    arranged,
+    words,
+    scales,
+    nested_scales,
+    offset,
+    values,
+    scale_values,
+    bias,
+    output,
+    m,
+    n,
+    words_per_row,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Multiply ``OUTPUTS`` rows of W by ``ROWS`` rows of x."""
+    GROUPS: tl.constexpr = OUTPUTS // (8 * WARPS)
+    dtype = arranged.dtype.element_ty
+    tables = fill_tables(values, scale_values, dtype, NESTED, SHARED)
+    first_output = tl.program_id(1) * OUTPUTS
+    k = words_per_row * 8
+
+    # Row of W that a thread loads: group of 8 WARPS rows, warp, row of a quarter warp.
+    w_row = tl.arange(0, GROUPS)[None, None, :, None] * (8 * WARPS)
+    w_row += tl.arange(0, WARPS)[None, :, None, None] * 8
+    w_row = first_output + w_row + tl.arange(0, 8)[:, None, None, None]
+    w_row = tl.minimum(w_row, n - 1).to(tl.int64)
+    w_pointers = words + w_row * words_per_row + tl.arange(0, 16)[None, None, None, :]
+
+    thread = tl.arange(0, 4)[:, None, None, None]
+    s_row = tl.arange(0, GROUPS)[None, None, None, :] * (8 * WARPS)
+    s_row += tl.arange(0, WARPS)[None, None, :, None] * 8
+    s_row = first_output + s_row + tl.arange(0, 8)[None, :, None, None]
+    s_row = tl.minimum(s_row, n - 1).to(tl.int64) + thread * 0
+    block = s_row * (k // BLOCK_SIZE)
+    if NESTED:
+        mean = tl.load(offset)
+
+    x_row = tl.arange(0, ROWS)[:, None]
+    x_pointers = arranged + tl.program_id(0).to(tl.int64) * CHUNKS * (ROWS * CHUNK)
+    x_pointers += x_row * 64 + tl.arange(0, 64)[None, :]
+
+    # Codes of scales are on their way one chunk ahead.
+    s_block = block + thread * 32 // BLOCK_SIZE
+    s_next = load_tile(scales + s_block, None, False, False)
+    if NESTED:
+        nested_pointers = nested_scales + s_block // SCALE_BLOCK_SIZE
+        nested_next = load_tile(nested_pointers, None, False, False)
+
+    sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for chunk in tl.range(CHUNKS, num_stages=STAGES):
+        w_now = w_pointers + chunk * (CHUNK // 8)
+        w = load_tile(w_now, None, True, True)
+        x_low = tl.load(x_pointers + chunk * (ROWS * CHUNK))
+        x_high = tl.load(x_pointers + chunk * (ROWS * CHUNK) + ROWS * 64)
+        s = s_next
+        s_block = tl.minimum(chunk + 1, CHUNKS - 1) * CHUNK + thread * 32
+        s_block = block + s_block // BLOCK_SIZE
+        s_next = load_tile(scales + s_block, None, False, False)
+        if NESTED:
+            s = look_up_scales(s.to(tl.int32), scale_values, tables, SHARED)
+            s = s * nested_next + mean
+            nested_pointers = nested_scales + s_block // SCALE_BLOCK_SIZE
+            nested_next = load_tile(nested_pointers, None, False, False)
+        s = tl.permute(s, (1, 2, 3, 0))[:, :, :, :, None]
+        s = tl.broadcast_to(s, (8, WARPS, GROUPS, 4, 4))
+        s = tl.reshape(s, (8, WARPS, GROUPS, 16))
+        c0, c1, c2, c3, c4, c5, c6, c7 = look_up_words(
+            w, s, values, tables, dtype, SHARED
+        )
+        sums = add_product(_left_operand(c0, c1, c2, c3), x_low.T, sums)
+        sums = add_product(_left_operand(c4, c5, c6, c7), x_high.T, sums)
+
+    # The rows of W in the order of the left operand.
+    y_column = tl.arange(0, OUTPUTS)
+    y_column = tl.reshape(y_column, (GROUPS // 2, 2, WARPS, 8))
+    y_column = tl.reshape(tl.permute(y_column, (0, 2, 1, 3)), (OUTPUTS,))
+    y_column = first_output + y_column[:, None]
+    y_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + y_column, mask=y_column < n, other=0.0).to(tl.float32)
+    tl.store(
+        output + y_row.to(tl.int64) * n + y_column,
+        round_to(sums, dtype),
+        mask=(y_row < m) & (y_column < n),
+    )
+
+
+@triton.jit
+def _left_operand(c0, c1, c2, c3):
+    """Four codes of each word -> ``[OUTPUTS, 64]``.
+
+    Of each 16 neighbors along K the tensor core takes two and two from each thread, and
+    of each 16 rows it gives a quarter warp the rows i and 8 + i.
+    """
+    WARPS: tl.constexpr = c0.shape[1]
+    GROUPS: tl.constexpr = c0.shape[2]
+    codes = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    codes = tl.reshape(codes, (8, WARPS, GROUPS // 2, 2, 4, 4, 2, 2))
+    codes = tl.permute(codes, (2, 1, 3, 0, 5, 6, 4, 7))
+    return tl.reshape(codes, (GROUPS * WARPS * 8, 64))

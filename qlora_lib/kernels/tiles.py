@@ -1,0 +1,137 @@
+"""The tiles that the matmuls cut a 4-bit matrix into."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lib.kernels.decoding import INTERPRETED
+
+# Columns of W that are multiplied in one step: four threads load 16 bytes of each row.
+CHUNK = tl.constexpr(128)
+
+# Triton gives the axes of a tile to the lanes of a warp, then to the warps, then to
+# registers: first those along which numbers are contiguous in memory, then the others,
+# until 3.6 in ascending order and since 3.7 in descending order.
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+IS_DESCENDING = tl.constexpr(_VERSION >= (3, 7))
+
+
+class Tiling(NamedTuple):
+    """How the work is cut into programs.
+
+    Attributes:
+        outputs: Rows of W that a program multiplies.
+        warps: Warps of a program.
+        sharing: Programs that share a multiprocessor, by their registers and their
+            shared memory, lookup tables included.
+        registers: The most registers that a thread may have; None leaves it to the
+            compiler.
+    """
+
+    outputs: int
+    warps: int
+    sharing: int
+    registers: int | None = None
+
+
+def choose_tiling(
+    first: Tiling, second: Tiling | None, n: int, repeats: int, device: torch.device
+) -> Tiling:
+    """The tiling that gives a multiprocessor fewer rows of W.
+
+    Programs that fit on the GPU at once are a round, and a round takes its time even if
+    only one program is left for it:
+
+    ``rows = rounds * outputs * sharing``, ``rounds = ceil(programs / (multiprocessors *
+    sharing))``
+
+    Args:
+        first: The tiling that costs less for each row.
+        second: One that has to save a fifth of the rows to be chosen, if there is one.
+        n: Rows of W.
+        repeats: How many programs multiply the same rows of W.
+        device: Where the programs run.
+    """
+    if second is None or device.type != "cuda":
+        return first
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def rows_of_a_multiprocessor(tiling: Tiling) -> int:
+        programs = triton.cdiv(n, tiling.outputs) * repeats
+        rounds = triton.cdiv(programs, multiprocessors * tiling.sharing)
+        return rounds * tiling.outputs * tiling.sharing
+
+    saves = 5 * rows_of_a_multiprocessor(second) <= 4 * rows_of_a_multiprocessor(first)
+    return second if saves else first
+
+
+def launch_options(tiling: Tiling) -> dict[str, int]:
+    """What Triton needs to know; it limits registers on NVIDIA GPUs alone."""
+    options = {"num_warps": tiling.warps}
+    if tiling.registers is not None and torch.version.hip is None:
+        options["maxnreg"] = tiling.registers
+    return options
+
+
+def has_tables(device: torch.device) -> bool:
+    """Whether :mod:`~qlora_lib.kernels.lookup` may use shared memory there."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and not INTERPRETED.value
+
+
+@triton.jit
+def add_product(left, right, sums):
+    """``sums + left @ right`` on the tensor cores, in float32."""
+    if INTERPRETED:
+        # The interpreter would multiply the bits of bfloat16 as if they were integers.
+        left, right = left.to(tl.float32), right.to(tl.float32)
+        sums = tl.dot(left, right, sums, input_precision="ieee")
+    else:
+        sums = tl.dot(left, right, sums)
+    return sums
+
+
+@triton.jit
+def load_tile(pointers, exists, CONTIGUOUS: tl.constexpr, ONCE: tl.constexpr):
+    """Load a tile whose axes go to lanes, warps and registers in this order.
+
+    The matmuls depend on which thread holds what: not for their result, but to find the
+    numbers where the tensor cores want them.
+
+    Args:
+        pointers: A tile of four or five axes.
+        exists: Which pointers to follow, broadcast to them; zero elsewhere. None for
+            all.
+        CONTIGUOUS: Whether the last axis is contiguous in memory. One load of a thread
+            is then along that axis.
+        ONCE: Whether nothing of it is read again, so that it leaves the cache first.
+    """
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
+    if exists is None:
+        tile = tl.load(_reordered(pointers, CONTIGUOUS), eviction_policy=POLICY)
+    else:
+        exists = tl.broadcast_to(exists, pointers.shape)
+        tile = tl.load(
+            _reordered(pointers, CONTIGUOUS),
+            mask=_reordered(exists, CONTIGUOUS),
+            other=0,
+            eviction_policy=POLICY,
+        )
+    return _reordered(tile, CONTIGUOUS)
+
+
+@triton.jit
+def _reordered(tile, CONTIGUOUS: tl.constexpr):
+    """Axes in the order of importance for this Triton; its own inverse."""
+    if IS_DESCENDING:
+        if len(tile.shape) == 5:
+            tile = tl.permute(tile, (3, 2, 1, 0, 4))
+        elif CONTIGUOUS:
+            tile = tl.permute(tile, (2, 1, 0, 3))
+        else:
+            tile = tl.permute(tile, (3, 2, 1, 0))
+    return tile
