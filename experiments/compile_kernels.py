@@ -69,6 +69,10 @@ TYPES = {
 PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 
+# Of the weights that the compiled matmuls multiply, unless an entry says otherwise.
+ROWS_OF_W = 4096
+
+
 @dataclass(frozen=True)
 class Entry:
     """One kernel as it is launched.
@@ -208,9 +212,9 @@ def launch_entries(
     nested: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
+    n: int = ROWS_OF_W,
 ) -> dict[str, Entry]:
-    """The launches of one matmul by a weight of 4096 rows, by the kernel's name."""
-    n = 4096
+    """The launches of one matmul by a weight of n rows, by the kernel's name."""
     rows = torch.empty(m, k, dtype=dtype)
     weight = storage(block_size, nested)
     names = [name for name in vars(module) if name.endswith("_kernel")]
@@ -230,6 +234,8 @@ def launch_entries(
     layout = f"{TYPES[dtype]}, block {block_size}, {'nested' if nested else 'flat'}"
     if tiling is not None:
         layout += f", {tiling.outputs} outputs, {tiling.warps} warps"
+    if n != ROWS_OF_W:
+        layout += f", n {n}"
     entries = {}
     for name, launch in launches.items():
         if not hasattr(launch, "arguments"):
@@ -333,6 +339,11 @@ MORE_ENTRIES = [
     gradient_entry(31, 8192, nested=False),
     gradient_entry(63, 8192, nested=False),
     gradient_entry(63, 8192, dtype=torch.float16, block_size=32),
+    # The fewest steps of a loop, where the compiler might do without one.
+    *(gradient_entry(m, 8192, n=512) for m in (15, 31, 63)),
+    *(gradient_entry(m, 8192, n=64, nested=False) for m in (15, 31, 63)),
+    many_rows_entry(63, 128, MANY[32][0]),
+    many_rows_entry(63, 256, MANY[64][1]),
 ]
 
 
@@ -462,14 +473,10 @@ def hot_instructions(listing: list[Instruction], in_loop: bool) -> list[str]:
     What follows the last exit are subroutines for rare operands, such as a division
     with a subnormal result.
     """
-    first, last = (
-        0,
-        max(
-            each.address
-            for each in listing
-            if each.name == "EXIT" and not each.predicated
-        ),
-    )
+    exits = [
+        each.address for each in listing if each.name == "EXIT" and not each.predicated
+    ]
+    first, last = 0, max(exits)
     if in_loop:
         loops = [
             (int(target[1], 16), each.address)
@@ -478,7 +485,10 @@ def hot_instructions(listing: list[Instruction], in_loop: bool) -> list[str]:
             and (target := re.search(r"0x([0-9a-f]+)", each.operands))
             and int(target[1], 16) < each.address
         ]
-        first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+        # A loop of one turn is none in the compiled code.
+        first, last = max(
+            loops, key=lambda loop: loop[1] - loop[0], default=(first, last)
+        )
     return [
         each.name
         for each in listing

@@ -4,8 +4,9 @@
 
 The tables in qlora_lib/kernels are to be filled from what this prints: CROSSOVERS and
 GRADIENT_CROSSOVERS in dispatch.py, TILINGS and STAGES of the matmuls, the numbers per
-program of quantize and dequantize. Every candidate is compared with float64 before it
-is timed. Writes kernel_tilings.json.
+program of quantize and dequantize. How many programs share a multiprocessor follows
+from the registers and the memory that compile_kernels.py prints. Every candidate is
+compared with a float32 product before it is timed. Writes kernel_tilings.json.
 """
 
 import argparse
@@ -135,12 +136,12 @@ def compile_ahead() -> None:
 
 
 def run_once(m: int, n: int, k: int) -> None:
-    """Call every candidate on a weight of few rows: most code knows only k."""
-    storage = random_storage(min(n, 512), k)
+    """Call every candidate once, so that it is compiled."""
+    storage = random_storage(n, k)
     for candidate in candidates(m):
-        rows = random_rows(m, min(n, 512) if candidate.is_gradient else k)
+        rows = random_rows(m, n if candidate.is_gradient else k)
         try:
-            candidate(rows, storage, min(n, 512), k)
+            candidate(rows, storage, n, k)
         except Exception as error:
             print(candidate.kernel, candidate.configuration, repr(error)[:120])
 

@@ -34,9 +34,10 @@ Product = Callable[[Tensor, Storage, int, Tensor | None], Tensor]
 Gradient = Callable[[Tensor, Storage, int], Tensor]
 Way = TypeVar("Way", Product, Gradient)
 
-# What the matmul kernels take, and where: they need the shared memory of an H100.
-# W has a multiple of so many columns.
-MATMUL_CAPABILITY = (9, 0)
+# What the matmul kernels take, and where: they need the 227 KiB of shared memory that
+# a program can get on an H100 or B200 (compute capability 9.x and 10.x); on a GPU of
+# 12.x it is 99 KiB. W has a multiple of so many columns.
+MATMUL_ARCHITECTURES = (9, 10)
 MATMUL_DTYPES = (torch.float16, torch.bfloat16)
 MATMUL_COLUMNS = 128
 
@@ -80,10 +81,10 @@ def _dequantize_then_multiply_gradient(
 
 # The first line whose limits are not exceeded, of the rows of x and of the weights of
 # W, says how to multiply. Measured on an H200 (experiments/results/kernel_tuning.json):
-# at 28672 x 8192 the second kernel is faster from 17 rows on, at 11008 x 4096 and below
-# not before 33; from 257 to 512 rows on a dense copy of W costs less than decoding it
-# once for every 128 rows. What there are no kernels for goes the last way, which takes
-# every device, block size and type.
+# with 32 rows the second kernel is faster at 28672 x 8192, and the first is faster at
+# 11008 x 4096 and below; with fewer the second was not timed. With 512 rows a dense
+# copy of W costs less than decoding it once for every 128 rows. What there are no
+# kernels for goes the last way, which takes every device, block size and type.
 CROSSOVERS: tuple[tuple[float, float, Product], ...] = (
     # rows, weights, way
     (16, math.inf, _multiply_few_rows),
@@ -205,7 +206,8 @@ def _has_matmul_kernel(
 
 def _runs_matmuls(device: torch.device) -> bool:
     is_nvidia = torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= MATMUL_CAPABILITY
+    major, _ = torch.cuda.get_device_capability(device)
+    return is_nvidia and major in MATMUL_ARCHITECTURES
 
 
 def _bits(storage: Storage) -> int:

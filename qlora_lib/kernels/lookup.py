@@ -20,7 +20,9 @@ import triton.language as tl
 
 from qlora_lib.kernels.decoding import round_to
 
-# Declared outside of braces, so that the table lives as long as the kernel.
+# Declared outside of braces, so that the table lives as long as the kernel. Triton's
+# own shared memory comes behind it, and has to begin at a multiple of 1024 bytes: the
+# tensor cores of an H100 take the order within a tile from the bits of its address.
 DECLARE = tl.constexpr("""
 .shared .align 1024 .b8 tables[33792];
 mov.u32 $0, tables;
@@ -117,6 +119,11 @@ def fill_tables(
                 STORE_SCALE_VALUE, "=r,r,r,r", [byte, value, tables], tl.int32, False, 1
             )
         tl.debug_barrier()
+        # Lookups count as free of side effects, so the compiler may move them: only
+        # behind what they depend on, which from here on is behind the barrier.
+        tables = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [tables], tl.int32, False, 1
+        )
     else:
         tables = 0
     return tables

@@ -13,6 +13,9 @@ behind it. Four decisions make that possible:
   what a thread has loaded is what the tensor core wants from it, and nothing passes
   through shared memory.
 - Codes are looked up in pairs (:mod:`qlora_lib.kernels.lookup`).
+
+The slice of a warp is cut into chunks of 128 columns, one step of the loop, and chunks
+are grouped into spans, for which the codes of the scales are loaded at once.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from qlora_lib.kernels.tiles import (
     has_tables,
     launch_options,
     load_tile,
+    spread_scales,
 )
 
 # By rows of x, padded to a power of two; found on an H200, and such that the compiler
@@ -154,7 +158,8 @@ def arrange_kernel(rows, arranged, m, row_stride, ROWS: tl.constexpr):
     thread = index // 8 % 4
     row = index // 1024 * 8 + index // 32 % 8
     word = index // 256 % 4
-    source = row * row_stride + chunk * CHUNK + thread * 32 + word * 8 + column
+    column = chunk * CHUNK + thread * 32 + word * 8 + column
+    source = row.to(tl.int64) * row_stride + column
     x = tl.load(rows + source, mask=row < m, other=0.0)
     tl.store(arranged + chunk * (ROWS * CHUNK) + index, x)
 
@@ -266,9 +271,7 @@ def few_rows_kernel(
                 s_place = (s_first + chunk) * CHUNK + thread * 32
                 s_place = s_row * (k // BLOCK_SIZE) + s_place // BLOCK_SIZE
                 s = load_tile(scales + s_place, chunk < s_left, False, False)
-            s = tl.permute(s, (1, 2, 3, 0))[:, :, :, :, None]
-            s = tl.broadcast_to(s, (8, WARPS, GROUPS, 4, 4))
-            s = tl.reshape(s, (8, WARPS, GROUPS, 16))
+            s = spread_scales(s)
             c0, c1, c2, c3, c4, c5, c6, c7 = look_up_words(
                 w, s, values, tables, dtype, SHARED
             )

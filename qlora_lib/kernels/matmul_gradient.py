@@ -26,6 +26,8 @@ WARPS = 4
 # than 48 KiB of shared memory. Below, it leaves the limit there, and the tables of
 # lookup.py, of which it does not know, would exceed it.
 STAGES = {16: 6, 32: 5, 64: 3}
+# A single step is no loop: nothing is loaded ahead, and shared memory is as small.
+MIN_STEPS = 2
 # Programs beside one another that share the rows of W, so that few columns fill the
 # GPU.
 SLICES = 8
@@ -48,7 +50,7 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
         ``[m, k]`` of the type of ``grad_rows``.
     """
     m, n = grad_rows.shape
-    slices = min(SLICES, triton.cdiv(n, int(STEP)))
+    slices = min(SLICES, triton.cdiv(n, MIN_STEPS * int(STEP)))
     sums = grad_rows.new_empty(slices, m, k, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(m))
     with torch.cuda.device_of(grad_rows):
@@ -67,7 +69,7 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
             grad_rows.stride(0),
             grad_rows.stride(1),
             ROWS=padded,
-            STEPS=triton.cdiv(n, slices * int(STEP)),
+            STEPS=max(MIN_STEPS, triton.cdiv(n, slices * int(STEP))),
             BLOCK_SIZE=storage.block_size,
             NESTED=storage.nested_scales is not None,
             SHARED=has_tables(grad_rows.device),
@@ -128,7 +130,9 @@ def gradient_kernel(
         weight = tl.reshape(tl.join(even, odd), (STEP, CHUNK))
         y_column = first + step * STEP + tl.arange(0, STEP)[None, :]
         grad = tl.load(
-            grad_rows + x_row.to(tl.int64) * row_stride + y_column * column_stride,
+            grad_rows
+            + x_row.to(tl.int64) * row_stride
+            + y_column.to(tl.int64) * column_stride,
             mask=(x_row < m) & exists[None, :],
             other=0.0,
         )

@@ -25,10 +25,13 @@ from qlora_lib.kernels.tiles import (
     has_tables,
     launch_options,
     load_tile,
+    spread_scales,
 )
 
 # By rows of x in a tile. Found on an H200 (experiments/results/kernel_tuning.json, step
-# 9): narrow tilings are for matrices too small to fill the GPU with wide ones.
+# 9), where 256 outputs were not 1 % faster at 128 rows; the limit of registers is what
+# both Triton 3.6 and 3.7 do without spilling. The second ones are for matrices too
+# small to fill the GPU with the first.
 TILINGS = {
     32: (Tiling(128, 4, sharing=2), None),
     64: (Tiling(128, 4, sharing=2, registers=192), Tiling(64, 4, sharing=2)),
@@ -43,7 +46,11 @@ def matmul_many_rows(
 ) -> Tensor:
     """``y = x W^T + b``, as :func:`~.matmul_few_rows.matmul_few_rows` has it."""
     m, k = rows.shape
-    tile = min(max(32, triton.next_power_of_2(m)), max(TILINGS))
+    # With a single chunk nothing is loaded ahead, and Triton asks for so little shared
+    # memory that it leaves the limit at 48 KiB: beside the tables of lookup.py, of
+    # which it does not know, only the narrowest tile fits.
+    widest = max(TILINGS) if k > int(CHUNK) else min(TILINGS)
+    tile = min(max(32, triton.next_power_of_2(m)), widest)
     tiles = triton.cdiv(m, tile)
     tiling = choose_tiling(*TILINGS[tile], n, tiles, rows.device)
     output = rows.new_empty(m, n)
@@ -110,7 +117,8 @@ def arrange_kernel(rows, arranged, m, k, row_stride, column_stride, ROWS: tl.con
     row = tile * ROWS + index // 64 % ROWS
     thread = place // 2 % 4
     column = thread * 32 + place // 16 * 8 + half * 4 + place // 8 % 2 * 2 + place % 2
-    source = row.to(tl.int64) * row_stride + (chunk * CHUNK + column) * column_stride
+    column = (chunk * CHUNK + column).to(tl.int64)
+    source = row.to(tl.int64) * row_stride + column * column_stride
     x = tl.load(rows + source, mask=row < m, other=0.0)
     first = (tile * (k // CHUNK) + chunk).to(tl.int64) * (ROWS * CHUNK)
     tl.store(arranged + first + index, x)
@@ -188,9 +196,7 @@ def many_rows_kernel(
             s = s * nested_next + mean
             nested_pointers = nested_scales + s_block // SCALE_BLOCK_SIZE
             nested_next = load_tile(nested_pointers, None, False, False)
-        s = tl.permute(s, (1, 2, 3, 0))[:, :, :, :, None]
-        s = tl.broadcast_to(s, (8, WARPS, GROUPS, 4, 4))
-        s = tl.reshape(s, (8, WARPS, GROUPS, 16))
+        s = spread_scales(s)
         c0, c1, c2, c3, c4, c5, c6, c7 = look_up_words(
             w, s, values, tables, dtype, SHARED
         )

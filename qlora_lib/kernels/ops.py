@@ -123,9 +123,10 @@ def matmul(input: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Ten
     dense ``W``: the gradient ``dL/dinput = dL/dy W`` decodes the codes once more
     (paper, section 3, equations 5 and 6). ``W`` itself gets no gradient.
 
-    For a 16-bit input of up to 256 rows a GPU rounds the scales to its type before it
-    multiplies by them, so that an element of ``W`` can differ from that of
-    ``dequantize`` by the rounding of its scale and of its value.
+    Where kernels multiply, for a 16-bit input of up to 256 rows and its gradient of up
+    to 64 on an H100 and its successors, the scales are rounded to its type first: an
+    element of ``W`` can then differ from that of ``dequantize`` by the rounding of its
+    scale and of its value.
     Products are summed in float32 (float64 for such an input) and the bias, rounded to
     the type of ``input``, is added before the sum is rounded. Under ``torch.autocast``
     an input that is not float64 is cast to its type first, and so is the result.

@@ -106,7 +106,7 @@ MIN_BUCKETS = 32
 MAX_BUCKETS = 1024
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def buckets_of(codebook: Codebook, device: torch.device) -> Buckets:
     """Cut [-1, 1] into the fewest buckets with at most one boundary each.
 

@@ -108,7 +108,7 @@ def load_tile(pointers, exists, CONTIGUOUS: tl.constexpr, ONCE: tl.constexpr):
             all.
         CONTIGUOUS: Whether the last axis is contiguous in memory. One load of a thread
             is then along that axis.
-        ONCE: Whether nothing of it is read again, so that it leaves the cache first.
+        ONCE: Whether it is hardly read again, so that it leaves the cache first.
     """
     POLICY: tl.constexpr = "evict_first" if ONCE else ""
     if exists is None:
@@ -135,3 +135,11 @@ def _reordered(tile, CONTIGUOUS: tl.constexpr):
         else:
             tile = tl.permute(tile, (3, 2, 1, 0))
     return tile
+
+
+@triton.jit
+def spread_scales(s):
+    """``[4, 8, A, B]`` -> ``[8, A, B, 16]``: a thread has one scale for four words."""
+    s = tl.permute(s, (1, 2, 3, 0))[:, :, :, :, None]
+    s = tl.broadcast_to(s, (s.shape[0], s.shape[1], s.shape[2], 4, 4))
+    return tl.reshape(s, (s.shape[0], s.shape[1], s.shape[2], 16))

@@ -17,10 +17,11 @@ class Linear4bit(nn.Linear):
 
     ``y = x W^T + b`` with ``W = quantized_weight.dequantize(x.dtype)``
 
-    The weight is dequantized for the product and dropped again; the backward pass
-    dequantizes it once more, ``dL/dx = dL/dy W``, instead of keeping it. The weight
-    itself gets no gradient: gradients pass through it to the adapters (paper, section
-    3, equations 5 and 6). Build a layer with :meth:`from_linear`.
+    The weight is decoded for the product and not kept; the backward pass decodes it
+    once more, ``dL/dx = dL/dy W``. The weight itself gets no gradient: gradients pass
+    through it to the adapters (paper, section 3, equations 5 and 6). How it is
+    multiplied, and where a GPU rounds it otherwise, says :func:`qlora_lib.matmul`.
+    Build a layer with :meth:`from_linear`.
 
     Codes and scales are frozen uint8 parameters; those that are floats are held as
     their bytes. So ``model.half()`` and mixed-precision wrappers, which cast every

@@ -534,6 +534,21 @@ class TestLaunch:
         assert loads > 20 and masked >= 10
 
 
+def test_the_tables_ask_no_kernel_for_more_rows_than_it_takes():
+    few_rows = [
+        limit
+        for limit, _, way in dispatch.CROSSOVERS
+        if way is dispatch._multiply_few_rows
+    ]
+    assert max(few_rows) == matmul_few_rows.MAX_ROWS
+    gradients = [
+        limit
+        for limit, _, way in dispatch.GRADIENT_CROSSOVERS
+        if way is dispatch._multiply_gradient
+    ]
+    assert gradients == [matmul_gradient.MAX_ROWS]
+
+
 class TestWays:
     """Through the public function, so that each line of the tables is used."""
 
