@@ -163,12 +163,20 @@ def has_kernel(
         and block_size in KERNEL_BLOCK_SIZES
         and dtype in KERNEL_DTYPES
         and _has_triton()
+        and _runs_triton(device)
     )
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Triton compiles for NVIDIA GPUs from the A100 on, and for those of AMD."""
+    if torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _choose(

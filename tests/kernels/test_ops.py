@@ -618,3 +618,24 @@ class TestOnTheGpu:
         monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
         assert_product(matmul(x, q), x, q.dequantize(torch.float64).T)
         assert torch.equal(dequantize(q), q.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "codecs", "matmuls"),
+    [
+        (None, (7, 5), False, False),
+        (None, (8, 0), True, False),
+        (None, (8, 9), True, False),
+        (None, (9, 0), True, True),
+        (None, (10, 0), True, True),
+        (None, (12, 0), True, False),
+        ("7.0", (9, 4), True, False),
+    ],
+    ids=str,
+)
+def test_where_kernels_run(monkeypatch, hip, capability, codecs, matmuls):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda")
+    assert dispatch.has_kernel(device, 4, 64, torch.bfloat16) == codecs
+    assert dispatch._runs_matmuls(device) == matmuls
