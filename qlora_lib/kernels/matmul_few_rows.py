@@ -4,7 +4,7 @@ With few rows the time is that of reading the weights, so everything else has to
 behind it. Four decisions make that possible:
 
 - Tensor cores from the first row on: ``Y^T = W X^T``, weights on the left, and up to
-  eight rows cost what one costs.
+  eight rows take as many of their instructions as one.
 - Every warp has its own slice of K, multiplies it by itself and never waits for
   another; the sums of the slices are added once, at the end. For :func:`tl.dot` a warp
   is an entry of a batch.
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_lib.kernels.arranging import arrange
 from qlora_lib.kernels.decoding import SCALE_BLOCK_SIZE, round_to
 from qlora_lib.kernels.lookup import fill_tables, look_up_scales, look_up_words
 from qlora_lib.kernels.storage import Storage
@@ -34,7 +35,6 @@ from qlora_lib.kernels.tiles import (
     add_product,
     choose_tiling,
     has_tables,
-    launch_options,
     load_tile,
     spread_scales,
 )
@@ -87,15 +87,10 @@ def matmul_few_rows(
     chunks = k // int(CHUNK)
     with torch.cuda.device_of(rows):
         if is_arranged:
-            rows = _arrange(rows, padded)
+            rows = arrange(rows, padded, for_a_warp=True)
         few_rows_kernel[(triton.cdiv(n, tiling.outputs),)](
             rows,
-            storage.packed.view(torch.int32),
-            storage.scales,
-            storage.nested_scales,
-            storage.offset,
-            storage.values,
-            storage.scale_values,
+            *storage.in_words(),
             bias,
             output,
             m,
@@ -113,7 +108,8 @@ def matmul_few_rows(
             EVEN=chunks % (tiling.warps * span) == 0,
             SHARED=has_tables(rows.device),
             num_stages=1,
-            **launch_options(tiling),
+            num_warps=tiling.warps,
+            maxnreg=tiling.registers,
         )
     return output
 
@@ -130,38 +126,6 @@ def _chunks_of_a_span(k: int, block_size: int) -> int:
         if codes <= 8 and rest == 0 and k % columns == 0:
             return chunks
     return 1
-
-
-def _arrange(rows: Tensor, padded: int) -> Tensor:
-    """Lay x out so that the threads of a warp read 512 consecutive bytes.
-
-    Returns:
-        ``[k / 128, padded / 8, 4, 8, 32]``: chunk, eight rows, word of eight codes of a
-        thread's 32, row, and eight columns for each of four threads. Missing rows are
-        zeros.
-    """
-    m, k = rows.shape
-    chunks = k // int(CHUNK)
-    arranged = rows.new_empty(chunks, padded // 8, 4, 8, 32)
-    arrange_kernel[(chunks,)](
-        rows, arranged, m, rows.stride(0), ROWS=padded, num_warps=padded // 16
-    )
-    return arranged
-
-
-@triton.jit
-def arrange_kernel(rows, arranged, m, row_stride, ROWS: tl.constexpr):
-    """Write one chunk of the arranged x."""
-    chunk = tl.program_id(0)
-    index = tl.arange(0, ROWS * CHUNK)
-    column = index % 8
-    thread = index // 8 % 4
-    row = index // 1024 * 8 + index // 32 % 8
-    word = index // 256 % 4
-    column = chunk * CHUNK + thread * 32 + word * 8 + column
-    source = row.to(tl.int64) * row_stride + column
-    x = tl.load(rows + source, mask=row < m, other=0.0)
-    tl.store(arranged + chunk * (ROWS * CHUNK) + index, x)
 
 
 @triton.jit

@@ -56,12 +56,7 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
     with torch.cuda.device_of(grad_rows):
         gradient_kernel[(k // int(CHUNK), slices)](
             grad_rows,
-            storage.packed.view(torch.int32),
-            storage.scales,
-            storage.nested_scales,
-            storage.offset,
-            storage.values,
-            storage.scale_values,
+            *storage.in_words(),
             sums,
             m,
             n,

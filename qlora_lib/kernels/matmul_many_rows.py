@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_lib.kernels.arranging import arrange
 from qlora_lib.kernels.decoding import SCALE_BLOCK_SIZE, round_to
 from qlora_lib.kernels.lookup import fill_tables, look_up_scales, look_up_words
 from qlora_lib.kernels.storage import Storage
@@ -23,7 +24,6 @@ from qlora_lib.kernels.tiles import (
     add_product,
     choose_tiling,
     has_tables,
-    launch_options,
     load_tile,
     spread_scales,
 )
@@ -56,15 +56,10 @@ def matmul_many_rows(
     output = rows.new_empty(m, n)
     nested = storage.nested_scales is not None
     with torch.cuda.device_of(rows):
-        arranged = _arrange(rows, tile)
+        arranged = arrange(rows, tile, for_a_warp=False)
         many_rows_kernel[(tiles, triton.cdiv(n, tiling.outputs))](
             arranged,
-            storage.packed.view(torch.int32),
-            storage.scales,
-            storage.nested_scales,
-            storage.offset,
-            storage.values,
-            storage.scale_values,
+            *storage.in_words(),
             bias,
             output,
             m,
@@ -77,51 +72,11 @@ def matmul_many_rows(
             CHUNKS=k // int(CHUNK),
             NESTED=nested,
             SHARED=has_tables(rows.device),
-            STAGES=STAGES[tile],
             num_stages=STAGES[tile],
-            **launch_options(tiling),
+            num_warps=tiling.warps,
+            maxnreg=tiling.registers,
         )
     return output
-
-
-def _arrange(rows: Tensor, tile: int) -> Tensor:
-    """Lay x out as the tensor core meets it: ``[tiles, k / 128, 2, tile, 64]``.
-
-    The columns of a chunk are 4 threads x 4 words x 2 halves x 2 pairs x 2; they become
-    halves, words, pairs, threads, 2.
-    """
-    m, k = rows.shape
-    tiles = triton.cdiv(m, tile)
-    arranged = rows.new_empty(tiles, k // int(CHUNK), 2, tile, 64)
-    arrange_kernel[(k // int(CHUNK), tiles)](
-        rows,
-        arranged,
-        m,
-        k,
-        rows.stride(0),
-        rows.stride(1),
-        ROWS=tile,
-        num_warps=max(4, tile // 16),
-    )
-    return arranged
-
-
-@triton.jit
-def arrange_kernel(rows, arranged, m, k, row_stride, column_stride, ROWS: tl.constexpr):
-    """Write one chunk of one tile of the arranged x."""
-    chunk = tl.program_id(0)
-    tile = tl.program_id(1)
-    index = tl.arange(0, ROWS * CHUNK)
-    place = index % 64
-    half = index // (64 * ROWS)
-    row = tile * ROWS + index // 64 % ROWS
-    thread = place // 2 % 4
-    column = thread * 32 + place // 16 * 8 + half * 4 + place // 8 % 2 * 2 + place % 2
-    column = (chunk * CHUNK + column).to(tl.int64)
-    source = row.to(tl.int64) * row_stride + column * column_stride
-    x = tl.load(rows + source, mask=row < m, other=0.0)
-    first = (tile * (k // CHUNK) + chunk).to(tl.int64) * (ROWS * CHUNK)
-    tl.store(arranged + first + index, x)
 
 
 @triton.jit
@@ -145,7 +100,6 @@ def many_rows_kernel(
     CHUNKS: tl.constexpr,
     NESTED: tl.constexpr,
     SHARED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Multiply ``OUTPUTS`` rows of W by ``ROWS`` rows of x."""
     GROUPS: tl.constexpr = OUTPUTS // (8 * WARPS)
@@ -182,7 +136,7 @@ def many_rows_kernel(
         nested_next = load_tile(nested_pointers, None, False, False)
 
     sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    for chunk in tl.range(CHUNKS, num_stages=STAGES):
+    for chunk in range(CHUNKS):
         w_now = w_pointers + chunk * (CHUNK // 8)
         w = load_tile(w_now, None, True, True)
         x_low = tl.load(x_pointers + chunk * (ROWS * CHUNK))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from qlora_lib.numerics import QuantizedTensor
@@ -33,6 +34,10 @@ class Storage(NamedTuple):
     values: Tensor
     scale_values: Tensor | None
     block_size: int
+
+    def in_words(self) -> tuple[Tensor | None, ...]:
+        """The tensors as the matmul kernels take them, codes as int32 words of 8."""
+        return self.packed.view(torch.int32), *self[1:-1]
 
 
 def storage_of(q: QuantizedTensor) -> Storage:

@@ -69,14 +69,6 @@ def choose_tiling(
     return second if saves else first
 
 
-def launch_options(tiling: Tiling) -> dict[str, int]:
-    """What Triton needs to know; it limits registers on NVIDIA GPUs alone."""
-    options = {"num_warps": tiling.warps}
-    if tiling.registers is not None and torch.version.hip is None:
-        options["maxnreg"] = tiling.registers
-    return options
-
-
 def has_tables(device: torch.device) -> bool:
     """Whether :mod:`~qlora_lib.kernels.lookup` may use shared memory there."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None

@@ -74,9 +74,8 @@ def test_every_target_is_there(rows):
         name.split()[0].strip(",") for name, of in targets.items() if of == set(LIMITS)
     }
     assert kinds == everywhere
-    assert kinds == {
-        "quantize", "dequantize", "few_rows", "many_rows", "gradient", "arrange"
-    }  # fmt: skip
+    matmuls = {"few_rows", "many_rows", "gradient"}
+    assert kinds == {"quantize", "dequantize", "arrange"} | matmuls
     assert all("sm_90" in of for of in targets.values())
 
 
