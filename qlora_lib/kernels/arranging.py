@@ -43,7 +43,8 @@ def arrange(rows: Tensor, tile: int, for_a_warp: bool) -> Tensor:
             rows.stride(1),
             ROWS=tile,
             FOR_A_WARP=for_a_warp,
-            num_warps=max(4, tile // 16),
+            # Few warps, so that a thread reads many bytes at once.
+            num_warps=max(1 if for_a_warp else 4, tile // 16),
         )
     return arranged
 
