@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from qlora_lib.kernels import (
+    adding,
     arranging,
     dequantize,
     matmul_few_rows,
@@ -184,9 +185,10 @@ def launch_entry(
     weight = storage(block_size, nested)
     with ExitStack() as stack:
         stack.enter_context(patch.object(arranging, "arrange_kernel", Launches()))
+        stack.enter_context(patch.object(adding, "add_kernel", Launches()))
         launch = stack.enter_context(patch.object(module, name, Launches()))
         if tiling is not None:
-            only = dict.fromkeys(module.TILINGS, (tiling, None))
+            only = dict.fromkeys(module.TILINGS, (tiling,))
             stack.enter_context(patch.object(module, "TILINGS", only))
         if module is matmul_gradient:
             module.matmul_gradient(torch.empty(m, n, dtype=dtype), weight, k)
@@ -215,10 +217,10 @@ def weights_of_a_turn(options: Mapping[str, Any]) -> int:
 def tuned_entries() -> Iterator[Entry]:
     """The matmuls in every tuned tiling, for bfloat16 in nested blocks of 64."""
     for rows, tilings in matmul_few_rows.TILINGS.items():
-        for tiling in filter(None, tilings):
+        for tiling in tilings:
             yield few_rows_entry(rows - 1, 8192, tiling)
     for rows, tilings in matmul_many_rows.TILINGS.items():
-        for tiling in filter(None, tilings):
+        for tiling in tilings:
             yield many_rows_entry(rows - 1, 8192, tiling)
     yield gradient_entry(63, 8192)
 
@@ -243,6 +245,14 @@ def arrange_entry(tile: int, for_a_warp: bool) -> Entry:
     return launch.entry(name, arranging.arrange_kernel, numbers, in_loop=False)
 
 
+def add_entry(slices: int) -> Entry:
+    with patch.object(adding, "add_kernel", Launches()) as launch:
+        sums, bias = torch.empty(slices, 64, 4096), torch.empty(4096).bfloat16()
+        adding.add_slices(sums, bias, bias.dtype)
+    name = f"add, {slices} slices"
+    return launch.entry(name, adding.add_kernel, adding.NUMBERS_PER_PROGRAM, False)
+
+
 FEW = matmul_few_rows.TILINGS
 MANY = matmul_many_rows.TILINGS
 TUNED = list(tuned_entries())
@@ -261,6 +271,7 @@ ENTRIES = [
     gradient_entry(63, 8192),
     ARRANGE[0],
     ARRANGE[-1],
+    add_entry(2),
 ]
 MORE_ENTRIES = [
     quantize_entry("fp16", 64, 32),
@@ -287,6 +298,8 @@ MORE_ENTRIES = [
     many_rows_entry(63, 8192, MANY[64][0], nested=False),
     many_rows_entry(127, 8192, MANY[128][0], dtype=torch.float16, bias=True),
     many_rows_entry(127, 8192, MANY[128][0], block_size=256, nested=False),
+    add_entry(4),
+    add_entry(matmul_gradient.SLICES),
     gradient_entry(15, 8192),
     gradient_entry(31, 8192),
     gradient_entry(15, 8192, nested=False),

@@ -80,22 +80,24 @@ def _dequantize_then_multiply_gradient(
 
 
 # The first line whose limits are not exceeded, of the rows of x and of the weights of
-# W, says how to multiply. Measured on an H200 (experiments/results/kernel_tuning.json):
-# with 32 rows the second kernel is faster at 28672 x 8192, and the first is faster at
-# 11008 x 4096 and below; with fewer the second was not timed. With 512 rows a dense
-# copy of W costs less than decoding it once for every 128 rows. What there are no
-# kernels for goes the last way, which takes every device, block size and type.
+# W, says how to multiply. Measured on an H200: with 32 rows the first kernel was faster
+# at 4096 x 11008 and below, the second at 28672 x 8192; with 512 rows a dense copy of W
+# costs no more than decoding it once for every 128 rows
+# (experiments/results/kernel_tilings.json). What there are no kernels for goes the last
+# way, which takes every device, block size and type.
 CROSSOVERS: tuple[tuple[float, float, Product], ...] = (
     # rows, weights, way
     (16, math.inf, _multiply_few_rows),
-    (32, 2**27, _multiply_few_rows),
+    (32, 2**26, _multiply_few_rows),
     (256, math.inf, _multiply_many_rows),
     (math.inf, math.inf, _dequantize_then_multiply),
 )
-# Not measured yet: up to 64 rows the kernel reads 0.5 bytes a weight in place of the
-# 4.5 that a dense copy takes to be written and read.
+# The same for the gradient, where only the smallest weight and more than 16 rows made
+# the dense copy the faster way.
 GRADIENT_CROSSOVERS: tuple[tuple[float, float, Gradient], ...] = (
     # rows, weights, way
+    (16, math.inf, _multiply_gradient),
+    (64, 2**24, _dequantize_then_multiply_gradient),
     (64, math.inf, _multiply_gradient),
     (math.inf, math.inf, _dequantize_then_multiply_gradient),
 )

@@ -81,6 +81,9 @@ def _look_up_word(fused_multiply_add: str) -> str:
 
 LOOK_UP_BFLOAT16 = tl.constexpr(_look_up_word("fma.rn.bf16x2"))
 LOOK_UP_FLOAT16 = tl.constexpr(_look_up_word("fma.rn.f16x2"))
+# A scale, rounded, in both halves of a register.
+TWICE_BFLOAT16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $1;")
+TWICE_FLOAT16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
 LOOK_UP_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 
 
@@ -161,10 +164,11 @@ def look_up_words(
     Returns:
         Eight tensors of ``dtype`` in the shape of ``words``, in the order of the codes.
     """
-    scales = round_to(scales, dtype)
     if SHARED:
         column = tl.inline_asm_elementwise(COLUMN, "=r,r", [tables], tl.int32, True, 1)
-        operands = [words, column, _bits(scales) * 0x10001]
+        TWICE: tl.constexpr = TWICE_BFLOAT16 if dtype == tl.bfloat16 else TWICE_FLOAT16
+        twice = tl.inline_asm_elementwise(TWICE, "=r,f", [scales], tl.int32, True, 1)
+        operands = [words, column, twice]
         if dtype == tl.bfloat16:
             numbers = tl.inline_asm_elementwise(
                 LOOK_UP_BFLOAT16,
@@ -179,6 +183,7 @@ def look_up_words(
                 LOOK_UP_FLOAT16, LOOK_UP_OPERANDS, operands, (tl.float16,) * 8, True, 1
             )
     else:
+        scales = round_to(scales, dtype)
         numbers = (
             _scaled_value(words, 4, scales, values, dtype),
             _scaled_value(words, 0, scales, values, dtype),

@@ -45,13 +45,14 @@ TILINGS = {
     8: (
         Tiling(16, 4, sharing=5, registers=96),
         Tiling(32, 4, sharing=3, registers=168),
+        Tiling(16, 8, sharing=2, registers=96),
     ),
-    16: (Tiling(16, 4, sharing=4), None),
-    32: (Tiling(16, 4, sharing=3), None),
+    16: (Tiling(16, 4, sharing=4),),
+    32: (Tiling(16, 4, sharing=3),),
 }
 MAX_ROWS = max(TILINGS)
 # From this many rows on it pays to lay x out beforehand.
-ARRANGED_ROWS = 16
+ARRANGED_ROWS = 4
 
 
 def matmul_few_rows(
@@ -77,10 +78,10 @@ def matmul_few_rows(
     """
     m, k = rows.shape
     padded = max(8, triton.next_power_of_2(m))
-    tiling = choose_tiling(*TILINGS[padded], n, 1, rows.device)
+    tiling, _ = choose_tiling(TILINGS[padded], n, 1, rows.device)
     output = rows.new_empty(m, n)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    is_arranged = padded >= ARRANGED_ROWS
+    is_arranged = m >= ARRANGED_ROWS
     row_stride = rows.stride(0)
     nested = storage.nested_scales is not None
     span = _chunks_of_a_span(k, storage.block_size) if nested else 1
@@ -184,7 +185,7 @@ def few_rows_kernel(
     if ARRANGED:
         x_pointers = rows + x_first * X_STEP + x_group * 1024
         x_pointers += x_word * 256 + x_row * 32 + x_lane
-        x_exists = x_row >= 0
+        x_exists = x_row + x_group * 8 < m
     else:
         x_row += x_group * 8
         x_pointers = rows + x_row.to(tl.int64) * row_stride + x_first * CHUNK
@@ -289,23 +290,26 @@ def _load_codes(scales, block, exists, BLOCK_SIZE: tl.constexpr, SPAN: tl.conste
 def _left_operand(c0, c1, c2, c3):
     """Four codes of each word -> ``[WARPS, OUTPUTS, 64]``.
 
-    The tensor core takes four neighbors along K from each thread. Labeled with the word
-    first, then the thread, then the code, these are the codes that the thread has.
+    Of 32 columns a tensor core takes from each thread two pairs of neighbors of the
+    first 16 and two of the others, and multiplies one of each at once. Labeled with two
+    words, the pair in a word, the thread, which of the words and the place in the pair,
+    that are the codes that the thread has; and the two pairs that are multiplied at
+    once are neighbors in x, which spares it from being moved.
     """
     WARPS: tl.constexpr = c0.shape[1]
     GROUPS: tl.constexpr = c0.shape[2]
     codes = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    # row, ..., thread, word, code
-    codes = tl.reshape(codes, (8, WARPS, GROUPS, 4, 4, 4))
-    codes = tl.permute(codes, (1, 2, 0, 4, 3, 5))
+    # row, ..., thread, two words, word, pair, place
+    codes = tl.reshape(codes, (8, WARPS, GROUPS, 4, 2, 2, 2, 2))
+    codes = tl.permute(codes, (1, 2, 0, 4, 6, 3, 5, 7))
     return tl.reshape(codes, (WARPS, GROUPS * 8, 64))
 
 
 @triton.jit
 def _right_operands(x, WARPS: tl.constexpr, ROWS: tl.constexpr):
     """The same order for x: ``[WARPS, 64, ROWS]`` for each half of a word."""
-    # ..., word, thread, half, code
-    x = tl.reshape(x, (8, WARPS, ROWS // 8, 4, 4, 2, 4))
-    x = tl.permute(x, (1, 3, 4, 6, 2, 0, 5))
+    # row, ..., two words, word, thread, half, pair, place
+    x = tl.reshape(x, (8, WARPS, ROWS // 8, 2, 2, 4, 2, 2, 2))
+    x = tl.permute(x, (1, 3, 7, 5, 4, 8, 2, 0, 6))
     low, high = tl.split(x)
     return tl.reshape(low, (WARPS, 64, ROWS)), tl.reshape(high, (WARPS, 64, ROWS))

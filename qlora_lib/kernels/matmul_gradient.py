@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_lib.kernels.adding import add_slices
 from qlora_lib.kernels.decoding import load_scales
 from qlora_lib.kernels.lookup import fill_tables, look_up_words
 from qlora_lib.kernels.storage import Storage
@@ -26,6 +27,9 @@ WARPS = 4
 # than 48 KiB of shared memory. Below, it leaves the limit there, and the tables of
 # lookup.py, of which it does not know, would exceed it.
 STAGES = {16: 6, 32: 5, 64: 3}
+# Only what is read in pieces of at least 4 bytes is loaded ahead. So dY has rows of a
+# multiple of 16 numbers, from which Triton concludes that it may read 16 bytes.
+ALIGNMENT = 16
 # A single step is no loop: nothing is loaded ahead, and shared memory is as small.
 MIN_STEPS = 2
 # Programs beside one another that share the rows of W, so that few columns fill the
@@ -50,6 +54,7 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
         ``[m, k]`` of the type of ``grad_rows``.
     """
     m, n = grad_rows.shape
+    grad_rows = _align(grad_rows)
     slices = min(SLICES, triton.cdiv(n, MIN_STEPS * int(STEP)))
     sums = grad_rows.new_empty(slices, m, k, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(m))
@@ -60,9 +65,8 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
             sums,
             m,
             n,
+            grad_rows.shape[1],
             k // 8,
-            grad_rows.stride(0),
-            grad_rows.stride(1),
             ROWS=padded,
             STEPS=max(MIN_STEPS, triton.cdiv(n, slices * int(STEP))),
             BLOCK_SIZE=storage.block_size,
@@ -71,7 +75,18 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
             num_warps=WARPS,
             num_stages=STAGES[padded],
         )
-    return sums.sum(0).to(grad_rows.dtype)
+    return add_slices(sums, None, grad_rows.dtype)
+
+
+def _align(rows: Tensor) -> Tensor:
+    """The same numbers in contiguous rows, filled up with zeros where need be."""
+    m, n = rows.shape
+    is_aligned = n % ALIGNMENT == 0 and rows.data_ptr() % ALIGNMENT == 0
+    if is_aligned and rows.is_contiguous():
+        return rows
+    aligned = rows.new_zeros(m, triton.cdiv(n, ALIGNMENT) * ALIGNMENT)
+    aligned[:, :n] = rows
+    return aligned
 
 
 @triton.jit
@@ -86,9 +101,8 @@ def gradient_kernel(
     sums,
     m,
     n,
+    width,  # of dY: n, and the zeros behind
     words_per_row,
-    row_stride,
-    column_stride,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -106,7 +120,6 @@ def gradient_kernel(
     total = tl.zeros((ROWS, CHUNK), tl.float32)
     for step in range(STEPS):
         w_row = first + step * STEP + tl.arange(0, STEP)
-        exists = w_row < n
         w_row = tl.minimum(w_row, n - 1).to(tl.int64)[:, None]
         word = chunk * WORDS + tl.arange(0, WORDS)[None, :]
         w = tl.load(words + w_row * words_per_row + word)
@@ -125,10 +138,8 @@ def gradient_kernel(
         weight = tl.reshape(tl.join(even, odd), (STEP, CHUNK))
         y_column = first + step * STEP + tl.arange(0, STEP)[None, :]
         grad = tl.load(
-            grad_rows
-            + x_row.to(tl.int64) * row_stride
-            + y_column.to(tl.int64) * column_stride,
-            mask=(x_row < m) & exists[None, :],
+            grad_rows + x_row.to(tl.int64) * width + y_column,
+            mask=(x_row < m) & (y_column < width),
             other=0.0,
         )
         total = add_product(grad, weight, total)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_lib.kernels.adding import add_slices
 from qlora_lib.kernels.arranging import arrange
 from qlora_lib.kernels.decoding import SCALE_BLOCK_SIZE, round_to
 from qlora_lib.kernels.lookup import fill_tables, look_up_scales, look_up_words
@@ -28,17 +29,23 @@ from qlora_lib.kernels.tiles import (
     spread_scales,
 )
 
-# By rows of x in a tile. Found on an H200 (experiments/results/kernel_tuning.json, step
-# 9), where 256 outputs were not 1 % faster at 128 rows; the limit of registers is what
-# both Triton 3.6 and 3.7 do without spilling. The second ones are for matrices too
-# small to fill the GPU with the first.
+# By rows of x in a tile, found on an H200 (experiments/results/kernel_tilings.json).
+# The narrow ones are for matrices too small to fill the GPU with the wide ones.
 TILINGS = {
-    32: (Tiling(128, 4, sharing=2), None),
-    64: (Tiling(128, 4, sharing=2, registers=192), Tiling(64, 4, sharing=2)),
+    32: (Tiling(128, 4, sharing=2), Tiling(64, 4, sharing=2)),
+    64: (Tiling(128, 4, sharing=2), Tiling(64, 4, sharing=2)),
     128: (Tiling(128, 8, sharing=1), Tiling(64, 4, sharing=1)),
 }
 # Steps that loads from memory are ahead of their use, by rows of x in a tile.
-STAGES = {32: 4, 64: 3, 128: 3}
+STAGES = {32: 5, 64: 3, 128: 3}
+# Into how many slices columns may be cut, and how many chunks a slice has at least:
+# fewer, and the loads that go ahead are no longer worth their beginning.
+SLICES = (1, 2, 4)
+LEAST_CHUNKS = 8
+# To read x costs a program as much as so many rows of W: with 64 outputs in place of
+# 128 the product by 28672 x 8192 weights took 1.20 and 1.24 times as long, with tiles
+# of 64 and of 128 rows.
+OVERHEAD = 40
 
 
 def matmul_many_rows(
@@ -46,21 +53,32 @@ def matmul_many_rows(
 ) -> Tensor:
     """``y = x W^T + b``, as :func:`~.matmul_few_rows.matmul_few_rows` has it."""
     m, k = rows.shape
+    chunks = k // int(CHUNK)
     # With a single chunk nothing is loaded ahead, and Triton asks for so little shared
     # memory that it leaves the limit at 48 KiB: beside the tables of lookup.py, of
     # which it does not know, only the narrowest tile fits.
-    widest = max(TILINGS) if k > int(CHUNK) else min(TILINGS)
+    widest = max(TILINGS) if chunks > 1 else min(TILINGS)
     tile = min(max(32, triton.next_power_of_2(m)), widest)
     tiles = triton.cdiv(m, tile)
-    tiling = choose_tiling(*TILINGS[tile], n, tiles, rows.device)
-    output = rows.new_empty(m, n)
+    tiling, slices = choose_tiling(
+        TILINGS[tile],
+        n,
+        tiles,
+        rows.device,
+        _possible_slices(chunks, storage.block_size),
+        OVERHEAD,
+    )
+    if slices == 1:
+        output = rows.new_empty(m, n)
+    else:
+        output = rows.new_empty(slices, m, n, dtype=torch.float32)
     nested = storage.nested_scales is not None
     with torch.cuda.device_of(rows):
         arranged = arrange(rows, tile, for_a_warp=False)
-        many_rows_kernel[(tiles, triton.cdiv(n, tiling.outputs))](
+        many_rows_kernel[(tiles, triton.cdiv(n, tiling.outputs), slices)](
             arranged,
             *storage.in_words(),
-            bias,
+            bias if slices == 1 else None,
             output,
             m,
             n,
@@ -69,14 +87,25 @@ def matmul_many_rows(
             OUTPUTS=tiling.outputs,
             WARPS=tiling.warps,
             BLOCK_SIZE=storage.block_size,
-            CHUNKS=k // int(CHUNK),
+            CHUNKS=chunks // slices,
             NESTED=nested,
             SHARED=has_tables(rows.device),
             num_stages=STAGES[tile],
             num_warps=tiling.warps,
             maxnreg=tiling.registers,
         )
-    return output
+    return output if slices == 1 else add_slices(output, bias, rows.dtype)
+
+
+def _possible_slices(chunks: int, block_size: int) -> tuple[int, ...]:
+    """Those that are equal, not too short, and do not begin inside of a block."""
+
+    def is_possible(cut: int) -> bool:
+        length, rest = divmod(chunks, cut)
+        is_whole = rest == 0 and length * int(CHUNK) % block_size == 0
+        return is_whole and length >= LEAST_CHUNKS
+
+    return tuple(cut for cut in SLICES if cut == 1 or is_possible(cut))
 
 
 @triton.jit
@@ -101,12 +130,15 @@ def many_rows_kernel(
     NESTED: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Multiply ``OUTPUTS`` rows of W by ``ROWS`` rows of x."""
+    """Multiply ``OUTPUTS`` rows of W by ``ROWS`` rows of x, in ``CHUNKS`` chunks."""
     GROUPS: tl.constexpr = OUTPUTS // (8 * WARPS)
     dtype = arranged.dtype.element_ty
     tables = fill_tables(values, scale_values, dtype, NESTED, SHARED)
     first_output = tl.program_id(1) * OUTPUTS
     k = words_per_row * 8
+    chunks = k // CHUNK
+    first_chunk = tl.program_id(2) * CHUNKS
+    output += tl.program_id(2).to(tl.int64) * m * n
 
     # Row of W that a thread loads: group of 8 WARPS rows, warp, row of a quarter warp.
     w_row = tl.arange(0, GROUPS)[None, None, :, None] * (8 * WARPS)
@@ -114,18 +146,20 @@ def many_rows_kernel(
     w_row = first_output + w_row + tl.arange(0, 8)[:, None, None, None]
     w_row = tl.minimum(w_row, n - 1).to(tl.int64)
     w_pointers = words + w_row * words_per_row + tl.arange(0, 16)[None, None, None, :]
+    w_pointers += first_chunk * (CHUNK // 8)
 
     thread = tl.arange(0, 4)[:, None, None, None]
     s_row = tl.arange(0, GROUPS)[None, None, None, :] * (8 * WARPS)
     s_row += tl.arange(0, WARPS)[None, None, :, None] * 8
     s_row = first_output + s_row + tl.arange(0, 8)[None, :, None, None]
     s_row = tl.minimum(s_row, n - 1).to(tl.int64) + thread * 0
-    block = s_row * (k // BLOCK_SIZE)
+    block = s_row * (k // BLOCK_SIZE) + first_chunk * CHUNK // BLOCK_SIZE
     if NESTED:
         mean = tl.load(offset)
 
     x_row = tl.arange(0, ROWS)[:, None]
-    x_pointers = arranged + tl.program_id(0).to(tl.int64) * CHUNKS * (ROWS * CHUNK)
+    x_chunk = tl.program_id(0).to(tl.int64) * chunks + first_chunk
+    x_pointers = arranged + x_chunk * (ROWS * CHUNK)
     x_pointers += x_row * 64 + tl.arange(0, 64)[None, :]
 
     # Codes of scales are on their way one chunk ahead.
@@ -167,7 +201,7 @@ def many_rows_kernel(
         sums += tl.load(bias + y_column, mask=y_column < n, other=0.0).to(tl.float32)
     tl.store(
         output + y_row.to(tl.int64) * n + y_column,
-        round_to(sums, dtype),
+        round_to(sums, output.dtype.element_ty),
         mask=(y_row < m) & (y_column < n),
     )
 

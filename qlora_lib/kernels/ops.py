@@ -164,11 +164,17 @@ def matmul(input: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Ten
 def _autocast(input: Tensor) -> Tensor:
     """Cast as ``torch.autocast`` casts the inputs of a product, if it is enabled."""
     kind = input.device.type
-    if not torch.amp.is_autocast_available(kind) or input.dtype == torch.float64:
+    if not _has_autocast(kind) or input.dtype == torch.float64:
         return input
     if not torch.is_autocast_enabled(kind):
         return input
     return input.to(torch.get_autocast_dtype(kind))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(kind: str) -> bool:
+    """The compiler of PyTorch 2.11 cannot look into the function that is called."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def _is_transformed() -> bool:

@@ -39,34 +39,52 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(
-    first: Tiling, second: Tiling | None, n: int, repeats: int, device: torch.device
-) -> Tiling:
-    """The tiling that gives a multiprocessor fewer rows of W.
+    tilings: tuple[Tiling, ...],
+    n: int,
+    repeats: int,
+    device: torch.device,
+    slices: tuple[int, ...] = (1,),
+    overhead: int = 0,
+) -> tuple[Tiling, int]:
+    """The tiling, and into how many slices the columns are cut, that take least time.
 
     Programs that fit on the GPU at once are a round, and a round takes its time even if
-    only one program is left for it:
+    only one program is left for it. In the time for which a multiprocessor multiplies
+    one row of W:
 
-    ``rows = rounds * outputs * sharing``, ``rounds = ceil(programs / (multiprocessors *
-    sharing))``
+    ``time = rounds * sharing * (outputs + overhead) / slices``,
+    ``rounds = ceil(programs / (multiprocessors * sharing))``
 
     Args:
-        first: The tiling that costs less for each row.
-        second: One that has to save a fifth of the rows to be chosen, if there is one.
+        tilings: The first is the one that costs least for each row. Each of the others,
+            and more slices, have to save a sixth to be chosen.
         n: Rows of W.
         repeats: How many programs multiply the same rows of W.
         device: Where the programs run.
+        slices: What may be chosen from, in ascending order. Several are chosen only if
+            all programs then are one round: each begins anew, and writes its sums.
+        overhead: What a program does besides, in rows of W.
     """
-    if second is None or device.type != "cuda":
-        return first
+    best = tilings[0], slices[0]
+    if device.type != "cuda":
+        return best
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def rows_of_a_multiprocessor(tiling: Tiling) -> int:
-        programs = triton.cdiv(n, tiling.outputs) * repeats
-        rounds = triton.cdiv(programs, multiprocessors * tiling.sharing)
-        return rounds * tiling.outputs * tiling.sharing
+    def rounds(tiling: Tiling, cut: int) -> int:
+        programs: int = triton.cdiv(n, tiling.outputs) * repeats * cut
+        return triton.cdiv(programs, multiprocessors * tiling.sharing)
 
-    saves = 5 * rows_of_a_multiprocessor(second) <= 4 * rows_of_a_multiprocessor(first)
-    return second if saves else first
+    def time(tiling: Tiling, cut: int) -> float:
+        rows = tiling.sharing * (tiling.outputs + overhead)
+        return rounds(tiling, cut) * rows / cut
+
+    for cut in slices:
+        for tiling in tilings:
+            if cut > 1 and rounds(tiling, cut) > 1:
+                continue
+            if 6 * time(tiling, cut) <= 5 * time(*best):
+                best = tiling, cut
+    return best
 
 
 def has_tables(device: torch.device) -> bool:

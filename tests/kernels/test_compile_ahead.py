@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "compile_kernels.py"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+SCRIPT = EXPERIMENTS / "compile_kernels.py"
+SHARED_MEMORY = Path(__file__).with_name("shared_memory.py")
 # What the integer pipe and the issue slots of an H200 have time for while its memory
 # moves a weight: 2.5 bytes at 4.3 TB/s, or for the matmuls 0.5.
 MOST_INTEGER_INSTRUCTIONS = {"quantize": 12, "dequantize": 12, "few_rows": 2.4}
@@ -39,6 +41,7 @@ MATMUL_TARGETS = ("sm_90", "sm_100")
 # What spills registers, where it was not tuned; the last two with Triton 3.6 alone.
 SPILLS = {
     (FEW_8, "gfx942"),
+    (FEW_8, "sm_100"),  # 8 bytes, with Triton 3.7 alone
     (MANY_64, "gfx942"),
     (MANY_128, "gfx942"),
     (MANY_64, "sm_100"),
@@ -48,17 +51,22 @@ SPILLS = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Compiled in a process of its own, where kernels are not interpreted."""
     path = tmp_path_factory.mktemp("compile") / "kernels.json"
+    run(SCRIPT, "--json", path)
+    return json.loads(path.read_text())["rows"]
+
+
+def run(*command: str | Path) -> str:
+    """What a script prints in a process of its own: here kernels may be interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(EXPERIMENTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     answer = subprocess.run(
-        [sys.executable, SCRIPT, "--json", path],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, *command], env=environment, capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr[-4000:]
-    return json.loads(path.read_text())["rows"]
+    return answer.stdout
 
 
 def kind(row: dict) -> str:
@@ -75,7 +83,7 @@ def test_every_target_is_there(rows):
     }
     assert kinds == everywhere
     matmuls = {"few_rows", "many_rows", "gradient"}
-    assert kinds == {"quantize", "dequantize", "arrange"} | matmuls
+    assert kinds == {"quantize", "dequantize", "arrange", "add"} | matmuls
     assert all("sm_90" in of for of in targets.values())
 
 
@@ -94,6 +102,25 @@ def test_every_launch_finds_its_shared_memory(rows):
     for row in rows:
         if row["target"] in MATMUL_TARGETS or kind(row) in ("quantize", "dequantize"):
             assert fits(row), row
+
+
+@pytest.mark.parametrize("kernel", ["few_rows", "many_rows", "gradient"])
+def test_so_does_every_layout_of_what_is_multiplied(kernel):
+    """What is loaded ahead, and so the shared memory, depends on alignment."""
+    asked = json.loads(run(SHARED_MEMORY, kernel, "sm_90"))
+    assert len(asked) >= 40
+    refused = [
+        launch
+        for launch, dynamic in asked.items()
+        if not fits(
+            {
+                "target": "sm_90",
+                "dynamic_shared_bytes": dynamic,
+                "static_shared_bytes": TABLES,
+            }
+        )
+    ]
+    assert not refused
 
 
 def fits(row: dict) -> bool:

@@ -314,6 +314,10 @@ class TestTransforms:
         torch.testing.assert_close(tangent, self.x @ self.weight.T)
 
 
+# PyTorch scripts methods of its own when its compiler is first imported.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
 class TestCompile:
     @EVERY_DEVICE
     @pytest.mark.parametrize(
@@ -574,13 +578,17 @@ def test_what_has_a_kernel_reaches_it(monkeypatch, double_quant):
 
 @pytest.mark.gpu
 class TestOnTheGpu:
+    # PyTorch says so when the mode is first set, which it is nevertheless.
+    @pytest.mark.filterwarnings(
+        "ignore:Synchronization debug mode is a prototype:UserWarning"
+    )
     def test_the_second_call_copies_nothing_from_the_host(self):
         q = make_matrix(128, 256, "cuda")
         x = make_input(3, 256, device="cuda").requires_grad_()
         matmul(x, q).sum().backward()
         dequantize(q)
-        torch.cuda.set_sync_debug_mode("error")  # such a copy waits for the device
         try:
+            torch.cuda.set_sync_debug_mode("error")  # such a copy waits for the device
             matmul(x, q).sum().backward()
             dequantize(q)
         finally:

@@ -114,6 +114,10 @@ def test_an_adapter_before_the_layer_gets_its_gradient():
     torch.testing.assert_close(adapter.weight.grad, expected)
 
 
+# PyTorch 2.11 scripts a module of its own when the compiler is first imported.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
