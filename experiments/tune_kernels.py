@@ -4,9 +4,10 @@
 
 The tables in qlora_lib/kernels are to be filled from what this prints: CROSSOVERS and
 GRADIENT_CROSSOVERS in dispatch.py, TILINGS and STAGES of the matmuls, the numbers per
-program of quantize and dequantize. How many programs share a multiprocessor follows
-from the registers and the memory that compile_kernels.py prints. Every candidate is
-compared with a float32 product before it is timed. Writes kernel_tilings.json.
+program of quantize and dequantize. Columns are not cut into slices here. How many
+programs share a multiprocessor follows from the registers and the memory that
+compile_kernels.py prints. Every candidate is compared with a float32 product before it
+is timed. Writes kernel_tilings.json.
 """
 
 import argparse
@@ -108,6 +109,7 @@ def candidates(m: int) -> Iterator[Candidate]:
             constants = (
                 (many, "TILINGS", {tile: (tiling,)}),
                 (many, "STAGES", {tile: stages}),
+                (many, "SLICES", (1,)),
             )
             name = f"{tile}, {tiling.outputs}, {tiling.warps} warps, {stages}"
             yield Candidate("many rows", name, _many, constants)

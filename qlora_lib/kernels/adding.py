@@ -2,7 +2,7 @@
 
 A small product has too few tiles to keep a GPU busy. Then the programs of a tile share
 its columns, and each writes its own sum. To add them afterwards, in an order that is
-always the same, keeps the result reproducible, which atomic additions would not.
+always the same, gives the same bits every time, which atomic additions would not.
 """
 
 from __future__ import annotations

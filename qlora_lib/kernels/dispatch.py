@@ -80,9 +80,10 @@ def _dequantize_then_multiply_gradient(
 
 
 # The first line whose limits are not exceeded, of the rows of x and of the weights of
-# W, says how to multiply. Measured on an H200: with 32 rows the first kernel was faster
-# at 4096 x 11008 and below, the second at 28672 x 8192; with 512 rows a dense copy of W
-# costs no more than decoding it once for every 128 rows
+# W, says how to multiply. Measured on an H200, without slices of columns: with 32 rows
+# the first kernel was faster at 4096 x 4096 and 4096 x 11008, and the second by 2 % at
+# 11008 x 4096 and by a quarter at 28672 x 8192; with 512 rows a dense copy of W costs
+# about as much as decoding it once for every 128 rows
 # (experiments/results/kernel_tilings.json). What there are no kernels for goes the last
 # way, which takes every device, block size and type.
 CROSSOVERS: tuple[tuple[float, float, Product], ...] = (

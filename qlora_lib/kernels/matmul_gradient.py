@@ -27,8 +27,9 @@ WARPS = 4
 # than 48 KiB of shared memory. Below, it leaves the limit there, and the tables of
 # lookup.py, of which it does not know, would exceed it.
 STAGES = {16: 6, 32: 5, 64: 3}
-# Only what is read in pieces of at least 4 bytes is loaded ahead. So dY has rows of a
-# multiple of 16 numbers, from which Triton concludes that it may read 16 bytes.
+# Only what is read in pieces of at least 4 bytes is loaded ahead. So dY begins at a
+# multiple of so many bytes and has rows of a multiple of so many numbers, from which
+# Triton concludes that it may read 16 bytes at once.
 ALIGNMENT = 16
 # A single step is no loop: nothing is loaded ahead, and shared memory is as small.
 MIN_STEPS = 2

@@ -173,7 +173,11 @@ def _autocast(input: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(kind: str) -> bool:
-    """The compiler of PyTorch 2.11 cannot look into the function that is called."""
+    """Whether ``torch.autocast`` knows such devices.
+
+    A function of its own, as the compiler of PyTorch 2.11 cannot look into the one that
+    it calls.
+    """
     return torch.amp.is_autocast_available(kind)
 
 

@@ -519,7 +519,7 @@ class TestLaunch:
         [(28672, 64, 128, 1), (4096, 64, 64, 4), (28672, 256, 128, 1)],
     )
     def test_small_matrices_are_cut_narrower(self, h200, n, m, outputs, slices):
-        """Which wide programs would fill to a quarter."""
+        """Wide programs would use only a quarter of the multiprocessors."""
         tile = min(m, 128)
         tiling, cut = tiles.choose_tiling(
             matmul_many_rows.TILINGS[tile],
@@ -724,6 +724,16 @@ class TestOnTheGpu:
                 gradient = check_gradient(grad, q)
                 again = matmul_gradient.matmul_gradient(grad, storage, k)
                 assert torch.equal(again, gradient)
+
+    @pytest.mark.parametrize(
+        ("n", "k", "m"), [(4096, 4096, 64), (4096, 11008, 128)], ids=str
+    )
+    def test_slices_give_the_same_bits_every_time(self, n, k, m, device):
+        q = make_matrix(n, k, device)
+        x = make_rows(m, k, torch.bfloat16, device)
+        y = check_product(many, q, x)
+        for _ in range(200):
+            assert torch.equal(many(x, storage_of(q), n, None), y)
 
     @pytest.mark.parametrize("block_size", BLOCK_SIZES)
     @pytest.mark.parametrize("double_quant", [False, True])
