@@ -23,6 +23,13 @@ from qlora_lib.numerics.quantized_tensor import (
     quantize_scales,
 )
 
+# Asked once: the compiler of PyTorch 2.11 cannot look into the function.
+AUTOCAST_DEVICES = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
 
 @torch.no_grad()
 def quantize(
@@ -164,21 +171,11 @@ def matmul(input: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Ten
 def _autocast(input: Tensor) -> Tensor:
     """Cast as ``torch.autocast`` casts the inputs of a product, if it is enabled."""
     kind = input.device.type
-    if not _has_autocast(kind) or input.dtype == torch.float64:
+    if kind not in AUTOCAST_DEVICES or input.dtype == torch.float64:
         return input
     if not torch.is_autocast_enabled(kind):
         return input
     return input.to(torch.get_autocast_dtype(kind))
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(kind: str) -> bool:
-    """Whether ``torch.autocast`` knows such devices.
-
-    A function of its own, as the compiler of PyTorch 2.11 cannot look into the one that
-    it calls.
-    """
-    return torch.amp.is_autocast_available(kind)
 
 
 def _is_transformed() -> bool:
