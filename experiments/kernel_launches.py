@@ -5,7 +5,7 @@ compiled is what runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -53,7 +53,8 @@ class Entry:
             or with ``in_loop`` those of one turn of its longest loop.
         options: Launch options, such as ``num_warps``.
         in_loop: Whether to count the longest loop alone.
-        not_divisible: Integers that are not divisible by 16 after all.
+        not_divisible: Pointers that are not aligned, and integers that are not
+            divisible by 16, after all.
     """
 
     name: str
@@ -128,13 +129,15 @@ class Launches:
         self.arguments, self.options = arguments, options
 
     def entry(self, name: str, kernel: Any, weights: int, in_loop: bool) -> Entry:
-        """How Triton would compile the kernel for these arguments."""
+        """How Triton would compile the kernel for these arguments, alignment too."""
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         not_divisible = set()
         for argument, value in zip(kernel.arg_names, self.arguments, strict=False):
             if isinstance(value, torch.Tensor):
                 signature[argument] = f"*{TYPES[value.dtype]}"
+                if value.data_ptr() % 16:
+                    not_divisible.add(argument)
             elif value is None or value == 1:
                 constants[argument] = value
             else:
@@ -168,6 +171,17 @@ def storage(block_size: int, nested: bool) -> Storage:
     )
 
 
+@contextmanager
+def recording(module: ModuleType, name: str) -> Iterator[Launches]:
+    """Launch nothing, and keep how the kernel of that name would be launched."""
+    with (
+        patch.object(arranging, "arrange_kernel", Launches()),
+        patch.object(adding, "add_kernel", Launches()),
+        patch.object(module, name, Launches()) as launch,
+    ):
+        yield launch
+
+
 def launch_entry(
     module: ModuleType,
     name: str,
@@ -184,9 +198,7 @@ def launch_entry(
     rows = torch.empty(m, k, dtype=dtype)
     weight = storage(block_size, nested)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(arranging, "arrange_kernel", Launches()))
-        stack.enter_context(patch.object(adding, "add_kernel", Launches()))
-        launch = stack.enter_context(patch.object(module, name, Launches()))
+        launch = stack.enter_context(recording(module, name))
         if tiling is not None:
             only = dict.fromkeys(module.TILINGS, (tiling,))
             stack.enter_context(patch.object(module, "TILINGS", only))
@@ -238,7 +250,7 @@ def gradient_entry(m: int, k: int, **rest: Any) -> Entry:
 
 
 def arrange_entry(tile: int, for_a_warp: bool) -> Entry:
-    with patch.object(arranging, "arrange_kernel", Launches()) as launch:
+    with recording(arranging, "arrange_kernel") as launch:
         arranging.arrange(torch.empty(tile - 1, 8192).bfloat16(), tile, for_a_warp)
     name = f"arrange, {tile} rows for {'a warp' if for_a_warp else 'all warps'}"
     numbers = tile * int(arranging.CHUNK)
@@ -246,7 +258,7 @@ def arrange_entry(tile: int, for_a_warp: bool) -> Entry:
 
 
 def add_entry(slices: int) -> Entry:
-    with patch.object(adding, "add_kernel", Launches()) as launch:
+    with recording(adding, "add_kernel") as launch:
         sums, bias = torch.empty(slices, 64, 4096), torch.empty(4096).bfloat16()
         adding.add_slices(sums, bias, bias.dtype)
     name = f"add, {slices} slices"

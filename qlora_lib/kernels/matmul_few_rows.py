@@ -81,15 +81,15 @@ def matmul_few_rows(
     padded = max(8, triton.next_power_of_2(m))
     tiling, _ = choose_tiling(TILINGS[padded], n, 1, rows.device)
     output = rows.new_empty(m, n)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     is_arranged = m >= ARRANGED_ROWS
-    row_stride = rows.stride(0)
+    if is_arranged:
+        rows = arrange(rows, padded, for_a_warp=True)
+    elif rows.stride(1) != 1:
+        rows = rows.contiguous()
     nested = storage.nested_scales is not None
     span = _chunks_of_a_span(k, storage.block_size) if nested else 1
     chunks = k // int(CHUNK)
     with torch.cuda.device_of(rows):
-        if is_arranged:
-            rows = arrange(rows, padded, for_a_warp=True)
         few_rows_kernel[(triton.cdiv(n, tiling.outputs),)](
             rows,
             *storage.in_words(),
@@ -98,7 +98,7 @@ def matmul_few_rows(
             m,
             n,
             k // 8,
-            row_stride,
+            rows.stride(0),
             ROWS=padded,
             OUTPUTS=tiling.outputs,
             WARPS=tiling.warps,

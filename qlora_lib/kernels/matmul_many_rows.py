@@ -73,9 +73,8 @@ def matmul_many_rows(
         output = rows.new_empty(m, n)
     else:
         output = rows.new_empty(slices, m, n, dtype=torch.float32)
-    nested = storage.nested_scales is not None
+    arranged = arrange(rows, tile, for_a_warp=False)
     with torch.cuda.device_of(rows):
-        arranged = arrange(rows, tile, for_a_warp=False)
         many_rows_kernel[(tiles, triton.cdiv(n, tiling.outputs), slices)](
             arranged,
             *storage.in_words(),
@@ -89,7 +88,7 @@ def matmul_many_rows(
             WARPS=tiling.warps,
             BLOCK_SIZE=storage.block_size,
             CHUNKS=chunks // slices,
-            NESTED=nested,
+            NESTED=storage.nested_scales is not None,
             SHARED=has_tables(rows.device),
             num_stages=STAGES[tile],
             num_warps=tiling.warps,

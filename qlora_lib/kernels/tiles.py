@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class Tiling(NamedTuple):
     registers: int | None = None
 
 
+@functools.lru_cache  # it is asked before every launch
 def choose_tiling(
     tilings: tuple[Tiling, ...],
     n: int,

@@ -19,14 +19,8 @@ import torch
 from torch import Tensor
 
 from compile_kernels import compile_ahead
-from kernel_launches import Entry, Launches, storage
-from qlora_lib.kernels import (
-    adding,
-    arranging,
-    matmul_few_rows,
-    matmul_gradient,
-    matmul_many_rows,
-)
+from kernel_launches import Entry, recording, storage
+from qlora_lib.kernels import matmul_few_rows, matmul_gradient, matmul_many_rows
 from qlora_lib.kernels.storage import Storage
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -106,27 +100,10 @@ def record(
     kernel_name = module.__name__.rpartition(".")[2].removeprefix("matmul_") + "_kernel"
     kernel = getattr(module, kernel_name)
     for block_size, nested in product(block_sizes, (False, True)):
-        launches = Launches()
-        with (
-            patch.object(arranging, "arrange_kernel", Launches()),
-            patch.object(adding, "add_kernel", Launches()),
-            patch.object(module, kernel_name, launches),
-        ):
+        with recording(module, kernel_name) as launches:
             launch(storage(block_size, nested))
-        entry = launches.entry(
-            f"{name}, block {block_size}, {'nested' if nested else 'flat'}",
-            kernel,
-            weights=1,
-            in_loop=True,
-        )
-        unaligned = {
-            argument
-            for argument, value in zip(
-                kernel.arg_names, launches.arguments, strict=False
-            )
-            if isinstance(value, Tensor) and value.data_ptr() % 16
-        }
-        yield dataclasses.replace(entry, not_divisible=entry.not_divisible | unaligned)
+        layout = f"block {block_size}, {'nested' if nested else 'flat'}"
+        yield launches.entry(f"{name}, {layout}", kernel, weights=1, in_loop=True)
 
 
 if __name__ == "__main__":

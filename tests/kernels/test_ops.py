@@ -551,7 +551,9 @@ class TestErrors:
             matmul(self.x, self.q, torch.ones(4, device="meta"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run as they are")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU compiles the kernels and interprets none"
+)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_what_has_a_kernel_reaches_it(monkeypatch, double_quant):
     """Without a GPU the kernels run in Triton's interpreter, and on CPU tensors."""
