@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_lib.kernels.decoding import round_to
+from qlora_lib.kernels.device import on_device_of
 
 NUMBERS_PER_PROGRAM = 1024
 
@@ -30,7 +31,7 @@ def add_slices(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """
     slices, m, n = sums.shape
     output = sums.new_empty(m, n, dtype=dtype)
-    with torch.cuda.device_of(sums):
+    with on_device_of(sums):
         add_kernel[(triton.cdiv(m * n, NUMBERS_PER_PROGRAM),)](
             sums,
             bias,

@@ -8,11 +8,11 @@ together costs one pass over x, and saves each program from collecting them agai
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.tiles import CHUNK
 
 
@@ -33,7 +33,7 @@ def arrange(rows: Tensor, tile: int, for_a_warp: bool) -> Tensor:
     m, k = rows.shape
     chunks, tiles = k // int(CHUNK), triton.cdiv(m, tile)
     arranged = rows.new_empty(tiles, chunks, tile * int(CHUNK))
-    with torch.cuda.device_of(rows):
+    with on_device_of(rows):
         arrange_kernel[(chunks, tiles)](
             rows,
             arranged,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_lib.kernels.decoding import load_scales, round_to
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.storage import Storage
 
 # Numbers that one program writes: a power of two, at least the largest block size.
@@ -36,7 +37,7 @@ def dequantize_blocks(storage: Storage, count: int, dtype: torch.dtype) -> Tenso
     """
     numbers = storage.packed.new_empty(count, dtype=dtype)
     if count:
-        with torch.cuda.device_of(numbers):
+        with on_device_of(numbers):
             dequantize_kernel[(triton.cdiv(count, NUMBERS_PER_PROGRAM),)](
                 storage.packed,
                 storage.scales,

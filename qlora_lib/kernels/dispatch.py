@@ -175,11 +175,17 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    # PyTorch looks it up anew for every product, which costs more than the launch.
+    return torch.cuda.get_device_capability(device)
+
+
 def _runs_triton(device: torch.device) -> bool:
     """Triton compiles for NVIDIA GPUs from the A100 on, and for those of AMD."""
     if torch.version.hip is not None:
         return True
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _capability(device) >= (8, 0)
 
 
 def _choose(
@@ -190,11 +196,13 @@ def _choose(
     dtype: torch.dtype,
     storage: Storage,
 ) -> Way:
-    if not _has_matmul_kernel(m, n, k, dtype, storage):
-        return crossovers[-1][-1]
-    return next(
+    way = next(
         way for rows, weights, way in crossovers if m <= rows and n * k <= weights
     )
+    fallback = crossovers[-1][-1]
+    if way is fallback or _has_matmul_kernel(m, n, k, dtype, storage):
+        return way
+    return fallback
 
 
 def _has_matmul_kernel(
@@ -217,7 +225,7 @@ def _has_matmul_kernel(
 
 def _runs_matmuls(device: torch.device) -> bool:
     is_nvidia = torch.version.hip is None
-    major, _ = torch.cuda.get_device_capability(device)
+    major, _ = _capability(device)
     return is_nvidia and major in MATMUL_ARCHITECTURES
 
 

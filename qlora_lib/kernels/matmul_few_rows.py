@@ -20,13 +20,13 @@ are grouped into spans, for which the codes of the scales are loaded at once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qlora_lib.kernels.arranging import arrange
 from qlora_lib.kernels.decoding import SCALE_BLOCK_SIZE, round_to
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.lookup import fill_tables, look_up_scales, look_up_words
 from qlora_lib.kernels.storage import Storage
 from qlora_lib.kernels.tiles import (
@@ -89,7 +89,7 @@ def matmul_few_rows(
     nested = storage.nested_scales is not None
     span = _chunks_of_a_span(k, storage.block_size) if nested else 1
     chunks = k // int(CHUNK)
-    with torch.cuda.device_of(rows):
+    with on_device_of(rows):
         few_rows_kernel[(triton.cdiv(n, tiling.outputs),)](
             rows,
             *storage.in_words(),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_lib.kernels.adding import add_slices
 from qlora_lib.kernels.decoding import load_scales
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.lookup import fill_tables, look_up_words
 from qlora_lib.kernels.storage import Storage
 from qlora_lib.kernels.tiles import CHUNK, add_product, has_tables
@@ -59,7 +60,7 @@ def matmul_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
     slices = min(SLICES, triton.cdiv(n, MIN_STEPS * int(STEP)))
     sums = grad_rows.new_empty(slices, m, k, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(m))
-    with torch.cuda.device_of(grad_rows):
+    with on_device_of(grad_rows):
         gradient_kernel[(k // int(CHUNK), slices)](
             grad_rows,
             *storage.in_words(),

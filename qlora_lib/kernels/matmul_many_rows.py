@@ -17,6 +17,7 @@ from torch import Tensor
 from qlora_lib.kernels.adding import add_slices
 from qlora_lib.kernels.arranging import arrange
 from qlora_lib.kernels.decoding import SCALE_BLOCK_SIZE, round_to
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.lookup import fill_tables, look_up_scales, look_up_words
 from qlora_lib.kernels.storage import Storage
 from qlora_lib.kernels.tiles import (
@@ -74,7 +75,7 @@ def matmul_many_rows(
     else:
         output = rows.new_empty(slices, m, n, dtype=torch.float32)
     arranged = arrange(rows, tile, for_a_warp=False)
-    with torch.cuda.device_of(rows):
+    with on_device_of(rows):
         many_rows_kernel[(tiles, triton.cdiv(n, tiling.outputs), slices)](
             arranged,
             *storage.in_words(),

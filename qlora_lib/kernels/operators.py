@@ -133,6 +133,37 @@ matmul_input_gradient = _define(
 )
 
 
+def multiply(rows: Tensor, storage: Storage, n: int, bias: Tensor | None) -> Tensor:
+    """``matmul`` of ``[m, k]``, past PyTorch's dispatcher where nobody listens to it.
+
+    For use inside of an autograd function. A training step multiplies hundreds of
+    times, and finding the way to an operator in Python takes longer than a launch.
+    """
+    if _is_observed(rows):
+        output: Tensor = matmul(rows, *storage, n, bias)
+        return output
+    return dispatch.multiply(rows, storage, n, bias)
+
+
+def multiply_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
+    """``matmul_input_gradient`` of ``[m, n]``, likewise."""
+    if _is_observed(grad_rows):
+        grad_input: Tensor = matmul_input_gradient(grad_rows, *storage, k)
+        return grad_input
+    return dispatch.multiply_gradient(grad_rows, storage, k)
+
+
+def _is_observed(rows: Tensor) -> bool:
+    """Whether autograd, a compiler, a mode or a kind of tensor has to see operators."""
+    return (
+        type(rows) is not Tensor
+        or rows.is_meta
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def _save_for_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, *parts, _, bias = inputs
     *tensors, ctx.block_size = parts

@@ -111,7 +111,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     Raises:
         TypeError: If ``q`` is no QuantizedTensor or ``dtype`` is no float type.
     """
-    _check_is_quantized(q)
+    check_is_quantized(q)
     dtype = dtype or q.dtype
     if q.offset is not None or dtype not in FLOAT_DTYPES:
         return q.dequantize(dtype)
@@ -158,17 +158,17 @@ def matmul(input: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Ten
             ``input`` or the shape of ``bias`` does not fit it, or if they are on
             different devices.
     """
-    _check_is_quantized(q)
-    _check_product(input, q, bias)
-    input = _autocast(input)
-    if _is_transformed():
+    check_is_quantized(q)
+    check_product(input, q, bias)
+    input = autocast_input(input)
+    if is_transformed():
         weight = dequantize(q, input.dtype)
         return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
     output: Tensor = operators.matmul(input, *storage_of(q), q.shape[0], bias)
     return output
 
 
-def _autocast(input: Tensor) -> Tensor:
+def autocast_input(input: Tensor) -> Tensor:
     """Cast as ``torch.autocast`` casts the inputs of a product, if it is enabled."""
     kind = input.device.type
     if kind not in AUTOCAST_DEVICES or input.dtype == torch.float64:
@@ -178,7 +178,7 @@ def _autocast(input: Tensor) -> Tensor:
     return input.to(torch.get_autocast_dtype(kind))
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work.
 
     An operator with a formula for the backward pass alone would answer some of them
@@ -187,14 +187,16 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _check_is_quantized(q: QuantizedTensor) -> None:
+def check_is_quantized(q: QuantizedTensor) -> None:
+    """Raise TypeError if ``q`` is no QuantizedTensor."""
     if not isinstance(q, QuantizedTensor):
         raise TypeError(
             f"q must be a QuantizedTensor, got {type(q).__name__}: quantize it first"
         )
 
 
-def _check_product(input: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
+def check_product(input: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
+    """Raise what :func:`matmul` raises for arguments that do not fit."""
     for name, tensor in (("input", input), ("bias", bias)):
         if tensor is None:
             continue

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.numerics import Codebook, blockwise
 
 # Numbers that one program quantizes: a power of two, at least the largest block size.
@@ -63,7 +64,7 @@ def quantize_blocks(
     scales = numbers.new_empty(triton.cdiv(count, block_size), dtype=torch.float32)
     if count:
         buckets = buckets_of(codebook, numbers.device)
-        with torch.cuda.device_of(numbers):
+        with on_device_of(numbers):
             quantize_kernel[(triton.cdiv(count, NUMBERS_PER_PROGRAM),)](
                 numbers.contiguous(),
                 words,

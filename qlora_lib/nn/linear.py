@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from qlora_lib.kernels.ops import matmul, quantize
+from qlora_lib.kernels.ops import dequantize, matmul, quantize
 from qlora_lib.numerics import NF4, Codebook, QuantizedTensor
 from qlora_lib.numerics.quantized_tensor import SCALE_BLOCK_SIZE, SCALE_CODEBOOK
 
@@ -129,6 +129,15 @@ class Linear4bit(nn.Linear):
             shape=torch.Size((self.out_features, self.in_features)),
             dtype=self.weight_dtype,
         )
+
+    @property
+    def W_q(self) -> Tensor:
+        """The codes, under the name by which peft knows that a layer can dequantize."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """Return the weight as it is multiplied, ``[out_features, in_features]``."""
+        return dequantize(self.quantized_weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``, of the type of ``input``.

@@ -645,7 +645,7 @@ class TestOnTheGpu:
 )
 def test_where_kernels_run(monkeypatch, hip, capability, codecs, matmuls):
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(dispatch, "_capability", lambda _: capability)
     device = torch.device("cuda")
     assert dispatch.has_kernel(device, 4, 64, torch.bfloat16) == codecs
     assert dispatch._runs_matmuls(device) == matmuls
