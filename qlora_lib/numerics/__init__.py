@@ -18,6 +18,7 @@ from qlora_lib.numerics.codebooks import (
     normal_float,
 )
 from qlora_lib.numerics.lloyd_max import lloyd_max
+from qlora_lib.numerics.names import codebook_by_name
 from qlora_lib.numerics.packing import pack, unpack
 from qlora_lib.numerics.quantized_tensor import QuantizedTensor, quantize
 
@@ -31,6 +32,7 @@ __all__ = [
     "TOY",
     "Codebook",
     "QuantizedTensor",
+    "codebook_by_name",
     "dynamic",
     "floating_point",
     "integer",
