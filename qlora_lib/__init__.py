@@ -1,6 +1,7 @@
 """QLoRA, from a vector of four numbers to a fine-tuned language model."""
 
 from qlora_lib.kernels.ops import dequantize, matmul, quantize
+from qlora_lib.memory import estimate_memory
 from qlora_lib.nn import Linear4bit
 from qlora_lib.numerics import (
     FP4,
@@ -23,6 +24,7 @@ __all__ = [
     "Linear4bit",
     "QuantizedTensor",
     "dequantize",
+    "estimate_memory",
     "matmul",
     "normal_float",
     "quantize",
