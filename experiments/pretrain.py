@@ -4,8 +4,8 @@
     python experiments/pretrain.py --size small --minutes 50    # two CPU cores
 
 The corpus is what every reader has: the Python standard library and the scientific
-packages installed beside it. The modules that `qlora_lib.finetuning.data` holds out,
-and one whole package, are kept for validation. Writes the model and its card to
+packages installed beside it. The modules that `qlora_lib.finetuning.docstrings` holds
+out, and one whole package, are kept for validation. Writes the model and its card to
 models/base, and the same record to experiments/results/pretrain.json.
 """
 
@@ -34,7 +34,7 @@ from transformers import (
 
 from pretrain_card import model_card
 from pretrain_corpus import Corpus, installed_corpus
-from qlora_lib.finetuning.data import is_held_out, standard_library_files
+from qlora_lib.finetuning.docstrings import is_held_out, standard_library_files
 from record import REPOSITORY, provenance, write_record
 
 MODEL_DIRECTORY = REPOSITORY / "models" / "base"

@@ -1,7 +1,7 @@
 """The corpus of the base model: Python source that every reader has installed.
 
 Training text is the standard library, without the modules that
-`qlora_lib.finetuning.data` holds out, and the packages of `PACKAGES` that are
+`qlora_lib.finetuning.docstrings` holds out, and the packages of `PACKAGES` that are
 installed. Validation text is those modules and one whole package.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lib.finetuning.data import is_held_out, standard_library_files
+from qlora_lib.finetuning.docstrings import is_held_out, standard_library_files
 
 PACKAGES = (
     "numpy scipy pandas sklearn statsmodels matplotlib sympy mpmath torch transformers "

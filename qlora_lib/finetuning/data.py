@@ -1,217 +1,112 @@
-"""Docstring pairs from the reader's own Python standard library.
+"""What a model is fine-tuned on: instruction pairs, encoded and batched.
 
-The fine-tuning task of the book is small enough for a laptop and needs no download:
-given the source of a function without its docstring, write the first line of that
-docstring. Every reader has the data, because every reader has a standard library.
-
-The split is by top-level module, decided by a checksum of its name. A module that is
-held out is never trained on, neither here nor when the base model is pretrained.
+The loss is on the answer alone: the labels of a prompt are -100, which cross-entropy
+skips, so that a model learns to answer and is not trained on the questions.
 """
 
-import ast
-import io
-import re
-import sysconfig
-import textwrap
-import zlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-INSTRUCTION = "\n\n# Docstring:\n"
-"""What stands between the source and the answer."""
 
 IGNORED_LABEL = -100
 """The label that PyTorch's cross-entropy skips."""
 
-HELD_OUT_SHARE = 8
-"""One module in this many is held out."""
+Example = Mapping[str, list[int]]
+"""``input_ids`` and ``labels``, with an ``attention_mask`` or with ``position_ids``."""
 
-MIN_SOURCE_CHARACTERS, MAX_SOURCE_CHARACTERS = 60, 2000
-MIN_SUMMARY_WORDS, MAX_SUMMARY_CHARACTERS = 3, 100
-
-# Test suites, demonstrations, vendored wheels and generated tables: not library code.
-_SKIPPED_DIRECTORIES = frozenset(
-    "test tests idlelib lib2to3 turtledemo pydoc_data ensurepip _bundled "
-    "site-packages dist-packages lib-dynload __pycache__ __phello__".split()
-)
-_SKIPPED_MODULES = ("__hello__", "antigravity", "this", "_sysconfigdata")
-
-_SENTENCE = re.compile(r"[A-Z][^\n]*[^.\s]\.")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DocstringPair:
-    """One example: a function and the sentence that describes it.
+class InstructionPair:
+    r"""A prompt and the answer that a model should learn to give.
 
     Attributes:
-        module: Dotted name of the module, such as ``"json.decoder"``.
-        name: Qualified name inside the module, such as ``"JSONDecoder.decode"``.
-        source: Source of the function without its docstring, dedented.
-        summary: First line of its docstring, a whole sentence.
+        prompt: What is asked. One that is too long loses its end.
+        answer: What should follow. It is never cut.
+        cue: What stands between both and tells the model to answer, such as
+            ``"\n\n### Response:\n"``. It is never cut either.
     """
 
-    module: str
-    name: str
-    source: str
-    summary: str
-
-
-def is_held_out(module: str) -> bool:
-    """Whether a module is kept away from every training run.
-
-    The decision is ``crc32(top-level name) % 8 == 0``. It is the same on every
-    machine and Python version, which the built-in ``hash`` is not.
-
-    Args:
-        module: Dotted module name; only the part before the first dot counts.
-    """
-    top_level = module.partition(".")[0]
-    return zlib.crc32(top_level.encode()) % HELD_OUT_SHARE == 0
-
-
-def standard_library_files(root: Path | None = None) -> list[tuple[str, Path]]:
-    """List the modules of the standard library as (dotted name, file), by name.
-
-    Test suites, demonstrations, generated tables and installed packages are left out.
-
-    Args:
-        root: Folder of the standard library; by default that of the running Python.
-
-    Raises:
-        FileNotFoundError: If ``root`` holds no Python file.
-    """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    files = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root).with_suffix("")
-        if _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]):
-            continue
-        if relative.parts[0].startswith(_SKIPPED_MODULES):
-            continue
-        parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
-        files.append((".".join(parts), path))
-    if not files:
-        raise FileNotFoundError(
-            f"root={str(root)!r} holds no Python source file; pass the folder of a "
-            "standard library that is installed with its sources"
-        )
-    return sorted(files)
-
-
-def extract_pairs(text: str, module: str) -> list[DocstringPair]:
-    """Extract the pairs of one source file, in the order of the file.
-
-    Module-level functions and methods count; functions inside functions do not. A
-    function is left out when it is tiny or gigantic, when its first docstring line is
-    no sentence, or when that sentence also stands in its source.
-
-    Args:
-        text: Python source.
-        module: Dotted module name that the pairs carry.
-
-    Raises:
-        SyntaxError: If ``text`` is not Python.
-    """
-    # The parser counts newlines alone; splitlines() would also cut at form feeds, which
-    # some files of the standard library hold.
-    lines = io.StringIO(text).readlines()
-    pairs = []
-    for name, function in _functions(ast.parse(text)):
-        summary = _summary(function)
-        source = _source_without_docstring(function, lines)
-        if summary and source and summary not in source:
-            pairs.append(DocstringPair(module, name, source, summary))
-    return pairs
-
-
-def standard_library_pairs(
-    root: Path | None = None,
-) -> tuple[list[DocstringPair], list[DocstringPair]]:
-    """Extract all pairs of the library, split by module.
-
-    A function whose source occurs twice in the library counts once, where it first
-    occurs, so that no copy of a training example is held out.
-
-    Args:
-        root: Folder of the standard library; by default that of the running Python.
-
-    Returns:
-        The pairs to train on and the held-out pairs, each sorted by module.
-
-    Raises:
-        FileNotFoundError: If ``root`` holds no Python file.
-    """
-    seen: set[str] = set()
-    train: list[DocstringPair] = []
-    held_out: list[DocstringPair] = []
-    for module, path in standard_library_files(root):
-        side = held_out if is_held_out(module) else train
-        for pair in extract_pairs(path.read_text(encoding="utf-8"), module):
-            if pair.source not in seen:
-                seen.add(pair.source)
-                side.append(pair)
-    return train, held_out
+    prompt: str
+    answer: str
+    cue: str = ""
 
 
 def encode_prompt(
-    source: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    cue: str = "",
 ) -> list[int]:
-    """Encode a function and the instruction that asks for its docstring.
+    """Encode a prompt and the cue after it.
 
-    A source that is too long loses its end: the signature and the first statements
-    say most about a function, and the instruction must stay whole.
+    A prompt that is too long loses its end, and the cue stays whole. Prompt and cue are
+    encoded apart, so that the cut moves no token of either.
 
     Args:
-        source: Source of a function without its docstring.
+        prompt: What is asked; it is not blank.
         tokenizer: Tokenizer of the model; it adds its start token if it has one.
-        max_length: Largest number of tokens.
+        max_length: Largest number of tokens; by default any number.
+        cue: What stands between prompt and answer.
 
     Returns:
-        Token ids of ``source + INSTRUCTION``, at most ``max_length`` of them.
+        Token ids of ``prompt + cue``, at most ``max_length`` of them.
 
     Raises:
-        ValueError: If not even one token of the source fits.
+        ValueError: If the prompt is blank, or not even one token of it fits.
     """
-    instruction_ids = tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"]
-    room = max_length - len(instruction_ids)
+    if not prompt.strip():
+        raise ValueError(f"prompt={prompt!r} is blank: there is nothing to answer")
+    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
+    cue_ids: list[int] = tokenizer(cue, add_special_tokens=False)["input_ids"]
+    if max_length is None:
+        return prompt_ids + cue_ids
+    room = max_length - len(cue_ids)
     if room < 1:
         raise ValueError(
-            f"max_length={max_length} leaves no room for the source beside "
-            f"{len(instruction_ids)} tokens of instruction; raise max_length"
+            f"max_length={max_length} leaves no room for the prompt beside "
+            f"{len(cue_ids)} tokens of cue; raise max_length"
         )
-    return tokenizer(source)["input_ids"][:room] + instruction_ids
+    return prompt_ids[:room] + cue_ids
 
 
 def encode_pair(
-    pair: DocstringPair, tokenizer: PreTrainedTokenizerBase, max_length: int
+    pair: InstructionPair, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, list[int]]:
-    """Encode one example with the loss on the answer alone.
+    """Encode one pair with the loss on the answer alone.
 
-    The sequence is prompt, answer, end-of-sequence token. The labels of the prompt
-    are -100, so the model learns to describe a function and to stop, and is not
-    trained on the source. ``transformers.DataCollatorForSeq2Seq`` pads a batch.
+    The sequence is prompt, cue, answer, end-of-sequence token. The labels of prompt and
+    cue are -100, so the model learns to answer and to stop.
 
     Args:
-        pair: The example.
+        pair: The pair.
         tokenizer: Tokenizer of the model, with an end-of-sequence token.
-        max_length: Largest number of tokens; the source is cut to fit, the answer
-            never.
+        max_length: Largest number of tokens; the end of the prompt is cut to fit, cue
+            and answer never.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, of equal length.
 
     Raises:
-        ValueError: If the tokenizer has no end-of-sequence token, or the answer
-            leaves no room for the prompt.
+        ValueError: If the tokenizer has no end-of-sequence token, or cue and answer
+            leave no room for the prompt.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos_token: set one, the answer ends with it")
-    answer_ids = tokenizer(pair.summary, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(pair.answer, add_special_tokens=False)["input_ids"]
     answer_ids = [*answer_ids, tokenizer.eos_token_id]
-    prompt_ids = encode_prompt(pair.source, tokenizer, max_length - len(answer_ids))
+    room = max_length - len(answer_ids)
+    if room < 1:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for the prompt beside "
+            f"{len(answer_ids)} tokens of answer; raise max_length"
+        )
+    prompt_ids = encode_prompt(pair.prompt, tokenizer, room, pair.cue)
     return {
         "input_ids": prompt_ids + answer_ids,
         "attention_mask": [1] * (len(prompt_ids) + len(answer_ids)),
@@ -220,57 +115,74 @@ def encode_pair(
 
 
 def encode_pairs(
-    pairs: Sequence[DocstringPair],
+    pairs: Sequence[InstructionPair],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[dict[str, list[int]]]:
-    """Encode examples for a ``transformers.Trainer``: see :func:`encode_pair`."""
-    return [encode_pair(pair, tokenizer, max_length) for pair in pairs]
+    """Encode pairs for :func:`~qlora_lib.finetuning.training.finetune`.
 
+    See :func:`encode_pair`. How many prompts reach ``max_length``, and so may have been
+    cut, is logged at the level INFO.
 
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def _functions(
-    node: ast.Module | ast.ClassDef, prefix: str = ""
-) -> Iterator[tuple[str, _Function]]:
-    for child in node.body:
-        if isinstance(child, _Function):
-            yield prefix + child.name, child
-        elif isinstance(child, ast.ClassDef):
-            yield from _functions(child, f"{prefix}{child.name}.")
-
-
-def _summary(function: _Function) -> str | None:
-    docstring = ast.get_docstring(function)
-    if not docstring:
-        return None
-    summary = docstring.splitlines()[0].strip()
-    is_sentence = (
-        _SENTENCE.fullmatch(summary)
-        and len(summary.split()) >= MIN_SUMMARY_WORDS
-        and len(summary) <= MAX_SUMMARY_CHARACTERS
+    Raises:
+        ValueError: As :func:`encode_pair` does, with the number of the pair.
+    """
+    examples = []
+    for number, pair in enumerate(pairs):
+        try:
+            examples.append(encode_pair(pair, tokenizer, max_length))
+        except ValueError as error:
+            raise ValueError(f"pairs[{number}]: {error}") from error
+    full = sum(len(example["input_ids"]) == max_length for example in examples)
+    logger.info(
+        "%d of %d pairs reach max_length=%d, where a prompt loses its end",
+        full,
+        len(examples),
+        max_length,
     )
-    return summary if is_sentence else None
+    return examples
 
 
-def _source_without_docstring(function: _Function, lines: list[str]) -> str | None:
-    # Cutting lines, not ast.unparse, keeps comments and the author's formatting.
-    docstring, *rest = function.body
-    if not rest or rest[0].lineno <= (docstring.end_lineno or docstring.lineno):
-        return None
-    if docstring.lineno == function.lineno:
-        return None
-    first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
-    kept = (
-        lines[first - 1 : docstring.lineno - 1]
-        + lines[docstring.end_lineno : function.end_lineno]
-    )
-    source = textwrap.dedent("".join(kept)).rstrip()
-    if not MIN_SOURCE_CHARACTERS <= len(source) <= MAX_SOURCE_CHARACTERS:
-        return None
-    try:
-        ast.parse(source)
-    except SyntaxError:  # text in a multi-line string stood left of the function
-        return None
-    return source
+def collate(examples: Sequence[Example], padding_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right to a batch.
+
+    Padding has the label -100. It is hidden by the attention mask; in packed rows,
+    which have none, it is one more sequence at the end, with positions of its own.
+
+    Args:
+        examples: From :func:`encode_pairs`, or from
+            :func:`~qlora_lib.finetuning.packing.pack`.
+        padding_id: Token that fills the rows. Any will do, since nothing attends to it.
+
+    Returns:
+        int64 ``[examples, longest]`` for each key of the examples.
+
+    Raises:
+        ValueError: If packed rows stand beside examples that are not packed.
+    """
+    keys = examples[0].keys()
+    if any(example.keys() != keys for example in examples):
+        raise ValueError(
+            "examples mix packed rows with pairs that are not packed: pack all or none"
+        )
+    longest = max(len(example["input_ids"]) for example in examples)
+    batch: dict[str, list[list[int]]] = {key: [] for key in keys}
+    for example in examples:
+        missing = longest - len(example["input_ids"])
+        padding = {
+            "input_ids": [padding_id] * missing,
+            "labels": [IGNORED_LABEL] * missing,
+            "attention_mask": [0] * missing,
+            "position_ids": list(range(missing)),
+        }
+        for key in keys:
+            batch[key].append([*example[key], *padding[key]])
+    return {key: torch.tensor(rows) for key, rows in batch.items()}
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills batches: many a tokenizer has none for it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

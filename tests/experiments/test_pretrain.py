@@ -26,7 +26,7 @@ from pretrain_corpus import (
     read_files,
     runs,
 )
-from qlora_lib.finetuning.data import is_held_out, standard_library_pairs
+from qlora_lib.finetuning.docstrings import is_held_out, standard_library_pairs
 from record import REPOSITORY, RESULTS
 
 MEGABYTE = 1_000_000

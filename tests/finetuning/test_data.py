@@ -1,272 +1,25 @@
-"""The docstring pairs: real, split by module, and with the loss on the answer alone."""
+"""Encoded pairs: the loss on the answer alone, what is cut, and what pads a batch."""
 
-import ast
-import importlib
-import inspect
-import os
-import subprocess
-import sys
-import textwrap
-import zlib
-from pathlib import Path
+import logging
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lib.finetuning.data import (
     IGNORED_LABEL,
-    INSTRUCTION,
-    MAX_SOURCE_CHARACTERS,
-    MIN_SOURCE_CHARACTERS,
-    DocstringPair,
+    InstructionPair,
+    collate,
     encode_pair,
     encode_pairs,
     encode_prompt,
-    extract_pairs,
-    is_held_out,
-    standard_library_files,
-    standard_library_pairs,
+    padding_token,
 )
+from qlora_lib.finetuning.docstrings import INSTRUCTION
 
-FUNCTION = '''
-def area(width, height):
-    """Return the area of a rectangle.
-
-    Both sides are in meters.
-    """
-    # A negative side is a mistake of the caller.
-    if width < 0 or height < 0:
-        raise ValueError("negative side")
-    return width * height
-'''
-BODY = (
-    "    if width < 0:\n        raise ValueError('negative side')\n    return width\n"
+PAIR = InstructionPair(
+    "def f(x):\n    return x + 1", "Return the next one.", cue=INSTRUCTION
 )
-
-
-@pytest.fixture(scope="module")
-def library_pairs() -> tuple[list[DocstringPair], list[DocstringPair]]:
-    return standard_library_pairs()
-
-
-@pytest.fixture(scope="module")
-def train_pairs(
-    library_pairs: tuple[list[DocstringPair], list[DocstringPair]],
-) -> list[DocstringPair]:
-    return library_pairs[0]
-
-
-@pytest.fixture(scope="module")
-def held_out_pairs(
-    library_pairs: tuple[list[DocstringPair], list[DocstringPair]],
-) -> list[DocstringPair]:
-    return library_pairs[1]
-
-
-# Extraction
-
-
-def test_a_pair_is_the_function_and_its_first_docstring_line() -> None:
-    (pair,) = extract_pairs(FUNCTION, "geometry")
-    assert pair == DocstringPair(
-        module="geometry",
-        name="area",
-        source=(
-            "def area(width, height):\n"
-            "    # A negative side is a mistake of the caller.\n"
-            "    if width < 0 or height < 0:\n"
-            '        raise ValueError("negative side")\n'
-            "    return width * height"
-        ),
-        summary="Return the area of a rectangle.",
-    )
-
-
-def test_a_form_feed_does_not_shift_the_lines_of_the_source() -> None:
-    (plain,) = extract_pairs(FUNCTION, "m")
-    (pair,) = extract_pairs(f"\f\n{FUNCTION}", "m")
-    assert pair == plain
-    (pair,) = extract_pairs(f"first = 1\f\nsecond = 2\n{FUNCTION}", "m")
-    assert pair == plain
-
-
-def test_methods_are_dedented_and_keep_their_decorators() -> None:
-    method = textwrap.indent("@cached\n" + FUNCTION.strip(), " " * 8)
-    (pair,) = extract_pairs(f"class Outer:\n    class Inner:\n{method}\n", "m")
-    assert pair.name == "Outer.Inner.area"
-    assert pair.source.startswith("@cached\ndef area(width, height):\n    #")
-
-
-def test_coroutines_count_and_functions_inside_functions_do_not() -> None:
-    inner = textwrap.indent(FUNCTION, "    ")
-    text = f"async {FUNCTION.strip()}\n\ndef outer():{inner}\n    return area\n"
-    (pair,) = extract_pairs(text, "m")
-    assert pair.source.startswith("async def area")
-
-
-@pytest.mark.parametrize(
-    ("docstring", "counts"),
-    [
-        ("Return the area.", True),
-        ("Return the area.\n\n    More.", True),
-        ("", False),
-        ("Two words.", False),
-        ("no capital letter at the start.", False),
-        ("No full stop at the end", False),
-        ("The first line goes\n    on in the second.", False),
-        ("The first line trails off ...", False),
-        ("The first line goes on " + "and on " * 12 + "until its end.", False),
-        ("width(x) -> the same", False),
-    ],
-)
-def test_only_a_first_line_that_is_a_sentence_counts(
-    docstring: str, counts: bool
-) -> None:
-    text = f'def area(width):\n    """{docstring}"""\n{BODY}'
-    assert len(extract_pairs(text, "m")) == counts
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        # No docstring; nothing but a docstring; all in one line.
-        f"def area(width):\n{BODY}",
-        'def area(width_of_the_rectangle, height_of_it):\n    """Return the area."""\n',
-        'def area(width_of_the_rectangle): """Return the area."""; return 1 + 2 + 3\n',
-        # The answer also stands in the source.
-        f'def area(width):\n    """Return the area."""\n    # Return the area.\n{BODY}',
-        # Tiny, gigantic.
-        'def area(width):\n    """Return the area."""\n    return width\n',
-        'def area(width):\n    """Return the area."""\n' + BODY * 40,
-        "",
-    ],
-)
-def test_functions_that_make_no_pair_are_left_out(text: str) -> None:
-    ast.parse(text)
-    assert extract_pairs(text, "m") == []
-
-
-def test_text_left_of_the_function_in_a_string_is_left_out_not_mangled() -> None:
-    text = (
-        'class A:\n    def usage(self):\n        """Print how to use it."""\n'
-        '        print("""one long line of help\nat the left margin of the file""")\n'
-    )
-    ast.parse(text)
-    assert extract_pairs(text, "m") == []
-
-
-def test_text_that_is_no_python_raises() -> None:
-    with pytest.raises(SyntaxError):
-        extract_pairs("def area(:", "m")
-
-
-# The standard library
-
-
-def test_the_pairs_are_real(
-    train_pairs: list[DocstringPair], held_out_pairs: list[DocstringPair]
-) -> None:
-    assert len(train_pairs) > 1500
-    assert len(held_out_pairs) > 250
-    by_name = {(pair.module, pair.name): pair for pair in train_pairs}
-    pair = by_name["textwrap", "dedent"]
-    function = importlib.import_module("textwrap").dedent
-    assert pair.summary == inspect.getdoc(function).splitlines()[0]
-    # The code that is left compiles to the code of the library, docstring aside.
-    ours, theirs = ast.parse(pair.source), ast.parse(inspect.getsource(function))
-    del theirs.body[0].body[0]
-    assert ast.dump(ours) == ast.dump(theirs)
-
-
-def test_no_docstring_leaks_into_the_source(
-    train_pairs: list[DocstringPair], held_out_pairs: list[DocstringPair]
-) -> None:
-    for pair in train_pairs + held_out_pairs:
-        (function,) = ast.parse(pair.source).body
-        assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        assert function.name == pair.name.rpartition(".")[2]
-        assert pair.summary not in pair.source
-        assert pair.summary[0].isupper() and pair.summary.endswith(".")
-        assert "\n" not in pair.summary
-        assert MIN_SOURCE_CHARACTERS <= len(pair.source) <= MAX_SOURCE_CHARACTERS
-
-
-def test_the_split_is_disjoint_and_complete(
-    train_pairs: list[DocstringPair], held_out_pairs: list[DocstringPair]
-) -> None:
-    def modules(pairs: list[DocstringPair]) -> set[str]:
-        return {pair.module.partition(".")[0] for pair in pairs}
-
-    assert modules(train_pairs).isdisjoint(modules(held_out_pairs))
-    assert not any(is_held_out(pair.module) for pair in train_pairs)
-    assert all(is_held_out(pair.module) for pair in held_out_pairs)
-    sources = [pair.source for pair in train_pairs + held_out_pairs]
-    assert len(set(sources)) == len(sources)
-    found = {
-        pair.source
-        for module, path in standard_library_files()
-        for pair in extract_pairs(path.read_text(encoding="utf-8"), module)
-    }
-    assert found == set(sources)
-
-
-def test_the_split_is_the_same_on_every_machine() -> None:
-    assert is_held_out("asyncio") and is_held_out("asyncio.events")
-    assert is_held_out("unittest.mock") and is_held_out("_pydecimal")
-    assert not is_held_out("json") and not is_held_out("email.message")
-    assert is_held_out("asyncio") == (zlib.crc32(b"asyncio") % 8 == 0)
-
-
-def test_the_order_does_not_depend_on_the_hash_seed(
-    held_out_pairs: list[DocstringPair],
-) -> None:
-    program = (
-        "from qlora_lib.finetuning.data import standard_library_pairs as pairs\n"
-        "print(*[(p.module, p.name) for p in pairs()[1]], sep='\\n')"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    expected = [str((pair.module, pair.name)) for pair in held_out_pairs]
-    assert printed.splitlines() == expected
-
-
-def test_files_are_library_modules_in_order(tmp_path: Path) -> None:
-    for name in (
-        "b.py",
-        "a/__init__.py",
-        "a/c.py",
-        "a/test/d.py",
-        "test/e.py",
-        "idlelib/f.py",
-        "site-packages/numpy/g.py",
-        "this.py",
-        "a/data.txt",
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(FUNCTION)
-    listed = standard_library_files(tmp_path)
-    assert [name for name, _ in listed] == ["a", "a.c", "b"]
-    # The same function three times is one pair.
-    train, held_out = standard_library_pairs(tmp_path)
-    assert [pair.module for pair in train + held_out] == ["a"]
-
-
-def test_a_folder_without_python_raises(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="root="):
-        standard_library_files(tmp_path)
-
-
-# Encoding
-
-
-PAIR = DocstringPair("m", "f", "def f(x):\n    return x + 1", "Return the next one.")
 
 
 def test_the_loss_is_on_the_answer_alone(
@@ -278,33 +31,44 @@ def test_the_loss_is_on_the_answer_alone(
     assert set(example["attention_mask"]) == {1}
     start = next(i for i, label in enumerate(labels) if label != IGNORED_LABEL)
     assert labels == [IGNORED_LABEL] * start + ids[start:]
-    assert byte_tokenizer.decode(ids[:start]) == PAIR.source + INSTRUCTION
-    assert byte_tokenizer.decode(ids[start:-1]) == PAIR.summary
+    assert byte_tokenizer.decode(ids[:start]) == PAIR.prompt + PAIR.cue
+    assert byte_tokenizer.decode(ids[start:-1]) == PAIR.answer
     assert ids[-1] == byte_tokenizer.eos_token_id
-    assert ids[:start] == encode_prompt(PAIR.source, byte_tokenizer, 256)
+    assert ids[:start] == encode_prompt(PAIR.prompt, byte_tokenizer, 256, PAIR.cue)
+    assert ids[:start] == encode_prompt(PAIR.prompt, byte_tokenizer, cue=PAIR.cue)
 
 
-def test_truncation_cuts_the_source_and_keeps_the_answer(
-    byte_tokenizer: PreTrainedTokenizerFast,
+@pytest.mark.parametrize("cue", [INSTRUCTION, ""])
+def test_a_prompt_loses_its_end_and_cue_and_answer_stay(
+    byte_tokenizer: PreTrainedTokenizerFast, cue: str
 ) -> None:
-    answer_and_instruction = len(PAIR.summary) + 1 + len(INSTRUCTION)
-    whole = answer_and_instruction + len(PAIR.source)
-    for max_length in range(answer_and_instruction + 1, whole + 3):
-        example = encode_pair(PAIR, byte_tokenizer, max_length)
-        kept = min(max_length - answer_and_instruction, len(PAIR.source))
+    pair = InstructionPair(PAIR.prompt, PAIR.answer, cue)
+    kept_always = len(pair.answer) + 1 + len(cue)
+    whole = kept_always + len(pair.prompt)
+    for max_length in range(kept_always + 1, whole + 3):
+        example = encode_pair(pair, byte_tokenizer, max_length)
+        kept = min(max_length - kept_always, len(pair.prompt))
         text = byte_tokenizer.decode(example["input_ids"][:-1])
-        assert text == PAIR.source[:kept] + INSTRUCTION + PAIR.summary
+        assert text == pair.prompt[:kept] + cue + pair.answer
         assert len(example["input_ids"]) == min(max_length, whole)
         answer = [label for label in example["labels"] if label != IGNORED_LABEL]
-        assert byte_tokenizer.decode(answer[:-1]) == PAIR.summary
+        assert byte_tokenizer.decode(answer[:-1]) == pair.answer
 
 
-def test_no_room_for_the_source_raises(
-    byte_tokenizer: PreTrainedTokenizerFast,
+def test_no_room_for_the_prompt_raises(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    answer, cue = len(PAIR.answer) + 1, len(INSTRUCTION)
+    with pytest.raises(ValueError, match=f"max_length={cue} .* {cue} tokens of cue"):
+        encode_pair(PAIR, byte_tokenizer, answer + cue)
+    with pytest.raises(ValueError, match=f"={answer} .* {answer} tokens of answer"):
+        encode_pair(PAIR, byte_tokenizer, answer)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_a_blank_prompt_raises(
+    byte_tokenizer: PreTrainedTokenizerFast, prompt: str
 ) -> None:
-    too_short = len(PAIR.summary) + 1 + len(INSTRUCTION)
-    with pytest.raises(ValueError, match="max_length"):
-        encode_pair(PAIR, byte_tokenizer, too_short)
+    with pytest.raises(ValueError, match="blank"):
+        encode_prompt(prompt, byte_tokenizer, cue=INSTRUCTION)
 
 
 def test_a_tokenizer_without_an_end_token_raises(
@@ -313,18 +77,45 @@ def test_a_tokenizer_without_an_end_token_raises(
     endless = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="eos_token"):
         encode_pair(PAIR, endless, 256)
+    assert padding_token(endless) == 0
 
 
-def test_the_collator_of_transformers_pads_the_batch(
-    byte_tokenizer: PreTrainedTokenizerFast, held_out_pairs: list[DocstringPair]
+def test_many_pairs_name_the_one_that_fails_and_count_those_at_the_limit(
+    byte_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    examples = encode_pairs(held_out_pairs[:5], byte_tokenizer, max_length=200)
-    batch = DataCollatorForSeq2Seq(byte_tokenizer)(examples)
+    long = InstructionPair("a" * 100, "b")
+    with caplog.at_level(logging.INFO, logger="qlora_lib.finetuning.data"):
+        assert len(encode_pairs([PAIR, long, PAIR], byte_tokenizer, 80)) == 3
+    assert "1 of 3 pairs reach max_length=80" in caplog.text
+    hopeless = InstructionPair("a", "b" * 100)
+    with pytest.raises(ValueError, match=r"pairs\[1\]: .*max_length"):
+        encode_pairs([PAIR, hopeless], byte_tokenizer, 80)
+
+
+def test_padding_is_on_the_right_and_counts_for_nothing(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    pairs = [InstructionPair("q" * n, "a" * (9 - n)) for n in (1, 4, 7)]
+    pairs.append(InstructionPair("question", "and answer"))
+    examples = encode_pairs(pairs, byte_tokenizer, max_length=200)
+    # Where a tokenizer pads on its own is not asked.
+    byte_tokenizer.padding_side = "left"
+    batch = collate(examples, padding_id=7)
+    byte_tokenizer.padding_side = "right"
     longest = max(len(example["input_ids"]) for example in examples)
-    assert batch["input_ids"].shape == batch["labels"].shape == (5, longest)
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
+        assert batch["input_ids"].shape == (4, longest)
         assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
         assert batch["labels"][row, :length].tolist() == example["labels"]
+        assert torch.all(batch["input_ids"][row, length:] == 7)
         assert torch.all(batch["labels"][row, length:] == IGNORED_LABEL)
+        assert torch.all(batch["attention_mask"][row, :length] == 1)
         assert torch.all(batch["attention_mask"][row, length:] == 0)
+
+
+def test_packed_and_unpacked_do_not_mix() -> None:
+    plain = {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, 2]}
+    packed = {"input_ids": [1, 2], "labels": [-100, 2], "position_ids": [0, 1]}
+    with pytest.raises(ValueError, match="pack all or none"):
+        collate([plain, packed], 0)

@@ -1,0 +1,98 @@
+"""Packing: several pairs in one row, instead of padding.
+
+A batch is as wide as its longest example, and what the others lack is padding, computed
+for nothing. Packed rows are full to a few tokens. Inside a row each pair has positions
+from 0 on. transformers takes position ids that restart, without an attention mask, for
+the start of another sequence, and keeps attention within each.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qlora_lib.finetuning.data import IGNORED_LABEL, Example
+
+SEPARATING_ATTENTION = ("eager", "sdpa", "flex_attention")
+"""Implementations that keep the pairs of a row apart in a batch of several rows."""
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[dict[str, list[int]]]:
+    """Put encoded pairs together in rows of at most ``max_length`` tokens.
+
+    Best fit, decreasing: from the longest pair to the shortest, each goes where it
+    leaves the least room, or into a new row. Every pair is in exactly one row.
+
+    A row trains on the same losses as its pairs would alone: the first token of a pair
+    is no label, since the end of another pair stands before it.
+
+    Args:
+        examples: From :func:`~qlora_lib.finetuning.data.encode_pairs`.
+        max_length: Largest number of tokens of a row, at least that of the longest
+            pair.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``position_ids`` of each row, as
+        :func:`~qlora_lib.finetuning.training.finetune` takes them in place of examples.
+
+    Raises:
+        ValueError: If ``examples`` is empty, or one of them is longer than
+            ``max_length``.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    if not lengths:
+        raise ValueError("examples is empty: pass at least one encoded pair")
+    longest = max(lengths)
+    if longest > max_length:
+        raise ValueError(
+            f"examples[{lengths.index(longest)}] has {longest} tokens, more than "
+            f"max_length={max_length}: encode with the same max_length"
+        )
+    rows: list[list[Example]] = []
+    rooms: list[tuple[int, int]] = []  # (room, row), sorted
+    for number in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[number], 0))
+        if place == len(rooms):
+            room, row = max_length, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(place)
+        rows[row].append(examples[number])
+        left = (room - lengths[number], row)
+        rooms.insert(bisect_left(rooms, left), left)
+    return [_join(row) for row in rows]
+
+
+def check_packing(
+    examples: Sequence[Example],
+    model: PreTrainedModel | PeftModel,
+    rows_at_a_time: int,
+) -> None:
+    """Refuse packed rows that a model's attention would run together.
+
+    Raises:
+        ValueError: If the examples are packed, more than one row is computed at a time,
+            and the attention tells pairs apart in single rows only, as flash attention
+            does.
+    """
+    attention = model.config._attn_implementation
+    if (
+        "position_ids" in examples[0]
+        and rows_at_a_time > 1
+        and attention not in SEPARATING_ATTENTION
+    ):
+        raise ValueError(
+            f"attention {attention!r} keeps packed pairs apart in single rows only, "
+            f"and {rows_at_a_time} are computed at a time: set gradient_accumulation "
+            "to batch_size, or load the model with attn_implementation='sdpa'"
+        )
+
+
+def _join(examples: Sequence[Example]) -> dict[str, list[int]]:
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for example in examples:
+        row["input_ids"] += example["input_ids"]
+        row["labels"] += [IGNORED_LABEL, *example["labels"][1:]]
+        row["position_ids"] += range(len(example["input_ids"]))
+    return row
