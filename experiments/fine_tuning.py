@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from qlora_lib import estimate_memory
-from qlora_lib.finetuning.data import Example, encode_pairs
+from qlora_lib.finetuning.data import Example, InstructionPair, encode_pairs
 from qlora_lib.finetuning.docstrings import DocstringPair, standard_library_pairs
 from qlora_lib.finetuning.generation import generate_docstring
 from qlora_lib.finetuning.packing import pack
@@ -44,7 +44,7 @@ BASE = {
     "alpha": 16,
     "dropout": 0.1,
     "batch_size": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "max_length": 512,
     "seed": 0,
 }
@@ -58,8 +58,8 @@ WARM_UP_STEPS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(REPOSITORY / "models" / "base"))
-    parser.add_argument("--steps", type=int, default=3000, help="at most so many")
-    parser.add_argument("--every", type=int, default=100, help="steps to an evaluation")
+    parser.add_argument("--steps", type=int, default=1500, help="at most so many")
+    parser.add_argument("--every", type=int, default=50, help="steps to an evaluation")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -90,8 +90,8 @@ def train_base(
 ) -> dict[str, Any]:
     """The same training in 4 and in 16 bits; held-out losses, and what it answers."""
     max_length = BASE["max_length"]
-    examples = encode_pairs(train, tokenizer, max_length)
-    held_out_examples = encode_pairs(held_out, tokenizer, max_length)
+    examples = encode_pairs(instruction_pairs(train), tokenizer, max_length)
+    held_out_examples = encode_pairs(instruction_pairs(held_out), tokenizer, max_length)
     result: dict[str, Any] = {
         **BASE,
         "training_pairs": len(train),
@@ -181,7 +181,7 @@ def train_llama(
 ) -> dict[str, Any]:
     """Random weights learn little, but at the speed and in the memory of real ones."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = pack(encode_pairs(train, tokenizer, sequence), sequence)
+    rows = pack(encode_pairs(instruction_pairs(train), tokenizer, sequence), sequence)
     model = random_llama(config, device, linear4bit)
     torch.manual_seed(0)
     adapted = add_adapters(model)
@@ -191,14 +191,16 @@ def train_llama(
     losses = finetune(
         adapted, tokenizer, rows, steps=steps, batch_size=1, callbacks=[clock]
     )
-    estimate = estimate_memory(config, batch_size=1, sequence_length=sequence)
+    estimate = estimate_memory(
+        config, sequence_length=sequence, optimizer="adamw_torch_fused"
+    )
     result: dict[str, Any] = {
         "steps": steps,
         "batch_size": 1,
         "sequence": sequence,
         "losses": [round(loss, 4) for loss in losses],
         "tokens_per_second": round(clock.rate(mean_tokens(rows)), 1),
-        "estimated_gib": round(estimate.peak_bytes / 2**30, 3),
+        "estimated_gib": round(estimate.peak / 2**30, 3),
     }
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -231,6 +233,10 @@ def load(folder: str | Path, config: QLoRAConfig | None) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=torch.bfloat16, device_map=device
     )
+
+
+def instruction_pairs(pairs: Sequence[DocstringPair]) -> list[InstructionPair]:
+    return [pair.as_instruction() for pair in pairs]
 
 
 def answer(
