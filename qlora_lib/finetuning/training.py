@@ -199,6 +199,7 @@ def finetune(
             "gradient_accumulation": gradient_accumulation,
             "learning_rate": learning_rate,
             "seed": seed,
+            "compile_layers": compile_layers,
             "optimizer": _describe_optimizer(built_optimizer),
             "checksum of the examples": fingerprint_examples(examples),
             **_describe_model(model),

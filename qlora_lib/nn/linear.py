@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class Linear4bit(nn.Linear):
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
         )
+        self._known_places: tuple[int, ...] = ()
+        self._known_weight: QuantizedTensor | None = None
 
     @classmethod
     def from_linear(
@@ -108,27 +111,17 @@ class Linear4bit(nn.Linear):
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor that shares memory with the parameters."""
-        scales: Tensor | QuantizedTensor
-        if self.nested_scales is None or self.scales_offset is None:
-            scales = self.scales.detach().view(torch.float32)
-        else:
-            scales = QuantizedTensor(
-                packed=self.scales.detach(),
-                scales=self.nested_scales.detach().view(torch.float32),
-                codebook=self.scales_codebook,
-                block_size=SCALE_BLOCK_SIZE,
-                shape=self.scales.shape,
-                dtype=torch.float32,
-                offset=self.scales_offset.detach().view(torch.float32)[0],
-            )
-        return QuantizedTensor(
-            packed=self.weight.detach(),
-            scales=scales,
-            codebook=self.codebook,
-            block_size=self.block_size,
-            shape=torch.Size((self.out_features, self.in_features)),
-            dtype=self.weight_dtype,
-        )
+        if torch.compiler.is_compiling():
+            return self._as_quantized_tensor()
+        # Putting it together takes longer than a launch, so it is kept as long as the
+        # parameters are where they were. They cannot move unseen: what is kept holds
+        # their memory.
+        parameters = self._parameters.values()
+        places = tuple([0 if p is None else p.data_ptr() for p in parameters])
+        if self._known_weight is None or places != self._known_places or not places[0]:
+            self._known_weight = self._as_quantized_tensor()
+            self._known_places = places
+        return self._known_weight
 
     @property
     def W_q(self) -> Tensor:
@@ -158,6 +151,38 @@ class Linear4bit(nn.Linear):
             f"bias={self.bias is not None}, codebook={self.codebook.name}, "
             f"block_size={self.block_size}, "
             f"double_quant={self.nested_scales is not None}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickled layer shall hold its parameters once.
+        return {**self.__dict__, "_known_weight": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
+        # Moved to another device, the layer must not hold the memory of the old one.
+        self._known_weight = None
+        return super()._apply(fn, recurse)
+
+    def _as_quantized_tensor(self) -> QuantizedTensor:
+        scales: Tensor | QuantizedTensor
+        if self.nested_scales is None or self.scales_offset is None:
+            scales = self.scales.detach().view(torch.float32)
+        else:
+            scales = QuantizedTensor(
+                packed=self.scales.detach(),
+                scales=self.nested_scales.detach().view(torch.float32),
+                codebook=self.scales_codebook,
+                block_size=SCALE_BLOCK_SIZE,
+                shape=self.scales.shape,
+                dtype=torch.float32,
+                offset=self.scales_offset.detach().view(torch.float32)[0],
+            )
+        return QuantizedTensor(
+            packed=self.weight.detach(),
+            scales=scales,
+            codebook=self.codebook,
+            block_size=self.block_size,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.weight_dtype,
         )
 
 

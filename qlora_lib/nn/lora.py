@@ -126,16 +126,14 @@ class _LoraLinear(torch.autograd.Function):
         output = operators.multiply(rows, storage, out_features, bias)
         output.addmm_(hidden, lora_b.to(input.dtype).t())
 
-        # Not among the saved tensors: nobody trains them, and gradient checkpointing
-        # calls a function of Python for each tensor that is saved.
+        # Gradient checkpointing calls functions of Python for each saved tensor, so
+        # those that outlive the step are held here.
         ctx.storage = storage
         trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            input if trains else None,
-            lora_a,
-            lora_b,
-            hidden if ctx.needs_input_grad[2] else None,
+            input if trains else None, hidden if ctx.needs_input_grad[2] else None
         )
+        ctx.matrices, ctx.versions = (lora_a, lora_b), _versions(lora_a, lora_b)
         ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
         ctx.input_shape, ctx.dtype = input.shape, input.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -148,7 +146,13 @@ class _LoraLinear(torch.autograd.Function):
             # The forward pass has settled the types.
             with torch.autocast(kind, enabled=False):
                 return _LoraLinear.backward(ctx, grad_output)
-        input, lora_a, lora_b, hidden = ctx.saved_tensors
+        input, hidden = ctx.saved_tensors
+        lora_a, lora_b = ctx.matrices
+        if ctx.versions and _versions(lora_a, lora_b) != ctx.versions:
+            raise RuntimeError(
+                "lora_a or lora_b was changed in place between the forward and the "
+                "backward pass, whose gradients would be wrong: call backward first"
+            )
         needs_input, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:4]
         grad = _rows(grad_output)
         a, b = lora_a.to(ctx.dtype), lora_b.to(ctx.dtype)
@@ -190,6 +194,13 @@ def _update(seen: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tenso
     """``scale * (seen A^T) B^T`` as PyTorch composes it."""
     hidden = F.linear(seen, lora_a.to(seen.dtype)) * scale
     return F.linear(hidden, lora_b.to(seen.dtype))
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each has been changed in place; a compiler sees to that itself."""
+    if torch.compiler.is_compiling():
+        return []
+    return [tensor._version for tensor in tensors]
 
 
 def _drop(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -119,3 +119,13 @@ def test_packed_and_unpacked_do_not_mix() -> None:
     packed = {"input_ids": [1, 2], "labels": [-100, 2], "position_ids": [0, 1]}
     with pytest.raises(ValueError, match="pack all or none"):
         collate([plain, packed], 0)
+
+
+def test_padding_of_packed_rows_is_a_sequence_of_its_own() -> None:
+    long = {"input_ids": [5] * 4, "labels": [-100, 5] * 2, "position_ids": [0, 1] * 2}
+    short = {"input_ids": [5], "labels": [-100], "position_ids": [0]}
+    batch = collate([long, short], 7)
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 1, 2]]
+    assert batch["input_ids"][1].tolist() == [5, 7, 7, 7]
+    assert batch["labels"][1].tolist() == [IGNORED_LABEL] * 4

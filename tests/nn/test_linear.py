@@ -1,7 +1,9 @@
 """Linear4bit against the dense layer that holds the same, dequantized weight."""
 
 import copy
+import gc
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -337,3 +339,51 @@ def test_pickle_round_trip():
     layer = Linear4bit.from_linear(make_linear())
     x = torch.randn(2, 96)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+# What the layer keeps between two calls
+
+
+def weight_bits(layer):
+    return layer.quantized_weight.dequantize()
+
+
+def test_the_weight_is_put_together_once():
+    layer = Linear4bit.from_linear(nn.Linear(128, 64))
+    assert layer.quantized_weight is layer.quantized_weight
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_weight_is_that_of_the_parameters_after_they_change(assign):
+    layer, other = (Linear4bit.from_linear(nn.Linear(128, 64)) for _ in range(2))
+    before = weight_bits(layer)
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    assert not torch.equal(weight_bits(layer), before)
+    assert torch.equal(weight_bits(layer), weight_bits(other))
+
+
+@pytest.mark.parametrize("name", ["weight", "scales", "nested_scales", "scales_offset"])
+def test_the_weight_is_that_of_a_single_parameter_that_is_replaced(name):
+    layer, other = (Linear4bit.from_linear(nn.Linear(128, 64)) for _ in range(2))
+    before = weight_bits(layer)
+    setattr(layer, name, nn.Parameter(getattr(other, name), requires_grad=False))
+    assert not torch.equal(weight_bits(layer), before)
+
+
+def test_a_copy_and_a_pickled_layer_hold_the_parameters_once():
+    layer = Linear4bit.from_linear(nn.Linear(128, 64))
+    before = weight_bits(layer)
+    size = len(pickle.dumps(layer.state_dict()))
+    assert len(pickle.dumps(layer)) < 1.5 * size
+    copied = copy.deepcopy(layer)
+    assert copied.quantized_weight.packed.data_ptr() == copied.weight.data_ptr()
+    assert torch.equal(weight_bits(copied), before)
+
+
+def test_a_moved_layer_gives_the_old_memory_back():
+    layer = Linear4bit.from_linear(nn.Linear(128, 64))
+    old = weakref.ref(layer.quantized_weight)
+    layer.to("meta")
+    gc.collect()
+    assert old() is None
+    assert layer.quantized_weight.packed.is_meta

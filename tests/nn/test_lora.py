@@ -149,7 +149,8 @@ def saved_for_backward(run):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run()
-    held = [] if output.grad_fn is None else output.grad_fn.storage
+    function = output.grad_fn
+    held = [] if function is None else [*function.matrices, *function.storage]
     return saved + [part for part in held if isinstance(part, torch.Tensor)]
 
 
@@ -330,6 +331,7 @@ def test_forward_mode_and_transforms():
 )
 # The compiler instantiates what PyTorch says not to instantiate.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
@@ -413,3 +415,12 @@ def test_types_that_do_not_fit_are_named():
         lora_linear(x, weight, bias, lora_a.long(), lora_b, SCALING)
     with pytest.raises(TypeError, match="QuantizedTensor, got Tensor"):
         lora_linear(x, torch.ones(OUT, IN), bias, lora_a, lora_b, SCALING)
+
+
+def test_a_matrix_that_changes_between_the_passes_is_refused():
+    x, weight, bias, lora_a, lora_b = make_case()
+    y = lora_linear(x, weight, bias, lora_a, lora_b, SCALING)
+    with torch.no_grad():
+        lora_b.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place between the forward and"):
+        y.sum().backward()

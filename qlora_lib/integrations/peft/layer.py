@@ -202,13 +202,14 @@ class LoraLinear4bit(LoraLinear):
             # accelerate and profilers put these there to be called.
             or base._forward_hooks
             or base._forward_pre_hooks
-            or hasattr(base, "_hf_hook")
+            or "_hf_hook" in base.__dict__
         ):
             return None
         return names[0]
 
     def _apply_single(self, x: Tensor, adapter: str) -> Tensor:
-        base = self.quantized_layer
+        base = self.base_layer
+        assert isinstance(base, Linear4bit)  # _single_adapter has seen to it
         drop = self.lora_dropout[adapter]
         rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
         return lora_linear(
