@@ -6,14 +6,17 @@
 Models of LLaMA shapes with random weights take a few steps, with adapters of rank 64 on
 all linear layers. Recorded is the peak of what torch's allocator had in use, of what it
 held, and of the card, beside qlora_lib.memory.estimate_memory; and for a waterfall,
-what is in use after each stage. Writes experiments/results/memory.json, anew after
-each run, so that a run that fails costs only itself. No other process may use the card.
+what is in use after each stage. Each run has a process of its own, and no other may use
+the card. Writes experiments/results/memory.json, anew after each run, so that a run
+that fails costs only itself.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import gc
 import importlib.util
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,22 +79,37 @@ def main() -> None:
     if not arguments.quick and device == "cpu":
         parser.error("the shapes of the paper need a GPU: try --quick")
     runs = quick_runs() if arguments.quick else paper_runs()
+    # bitsandbytes gives managed memory back with its process only, so that a later run
+    # would be measured with that of the earlier ones.
+    call = called_here if device == "cpu" else called_in_a_process
+    record = {**call(about, device), "rank": RANK, "steps": STEPS, "runs": []}
+    for run in runs:
+        record["runs"].append(call(attempt, run, device))
+        write_record("memory", record, arguments.out)
+        print(summary(record["runs"][-1]), flush=True)
+
+
+def called_here(function: Callable[..., dict[str, Any]], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def called_in_a_process(
+    function: Callable[..., dict[str, Any]], *arguments: Any
+) -> Any:
+    """What the function returns in a process of its own, which has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["random_llama", "qlora_lib.integrations.peft"])
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def about(device: str) -> dict[str, Any]:
     packages = [
         name
         for name in ("torch", "triton", "transformers", "peft", "bitsandbytes")
         if importlib.util.find_spec(name)
     ]
-    record = {
-        **provenance(tuple(packages)),
-        "rank": RANK,
-        "steps": STEPS,
-        "context_bytes": context_bytes(device),
-        "runs": [],
-    }
-    for run in runs:
-        record["runs"].append(attempt(run, device, record["context_bytes"]))
-        write_record("memory", record, arguments.out)
-        print(summary(record["runs"][-1]), flush=True)
+    return {**provenance(tuple(packages)), "context_bytes": context_bytes(device)}
 
 
 def paper_runs() -> list[Run]:
@@ -100,6 +118,8 @@ def paper_runs() -> list[Run]:
         size: llama_config(f"llama-{size}") for size in ("7b", "13b", "33b", "65b")
     }
     return [
+        Run("llama-65b", llama["65b"], optimizer=PAGED),
+        Run("llama-65b", llama["65b"], optimizer=PAGED_8BIT),
         Run("llama-7b", llama["7b"]),
         Run("llama-7b", llama["7b"], sequence_length=2048),
         Run("llama-7b", llama["7b"], gradient_checkpointing=False),
@@ -107,8 +127,6 @@ def paper_runs() -> list[Run]:
         Run("llama-7b", llama["7b"], optimizer=PAGED_8BIT),
         Run("llama-13b", llama["13b"]),
         Run("llama-33b", llama["33b"]),
-        Run("llama-65b", llama["65b"], optimizer=PAGED),
-        Run("llama-65b", llama["65b"], optimizer=PAGED_8BIT),
     ]
 
 
@@ -126,7 +144,7 @@ def quick_runs() -> list[Run]:
     ]
 
 
-def attempt(run: Run, device: str, context: int | None) -> dict[str, Any]:
+def attempt(run: Run, device: str) -> dict[str, Any]:
     """Estimate and measure a run; one that fails is recorded with its error."""
     result: dict[str, Any] = {
         "model": run.model,
@@ -136,21 +154,18 @@ def attempt(run: Run, device: str, context: int | None) -> dict[str, Any]:
     }
     try:
         result["estimate"] = run.estimate()
-        result |= measure(run, device, result["estimate"], context)
+        result |= measure(run, device, result["estimate"])
     except Exception as error:  # memory that runs out, a library that is missing
         result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    release(device)
+    gc.collect()
     return result
 
 
-def measure(
-    run: Run, device: str, estimate: dict[str, Any], context: int | None
-) -> dict[str, Any]:
+def measure(run: Run, device: str, estimate: dict[str, Any]) -> dict[str, Any]:
     """Take the steps of a run; bytes in use after each stage, and at the peak.
 
     Without a GPU there are no bytes to read, and losses are all that is returned.
     """
-    release(device)
     stages: dict[str, int] = {}
 
     def note(stage: str, read: Callable[[], int]) -> None:
@@ -242,13 +257,6 @@ def context_bytes(device: str) -> int | None:
     (ones @ ones).sum().item()
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
-
-
-def release(device: str) -> None:
-    """Give back what is not in use any more."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def summary(result: dict[str, Any]) -> str:
