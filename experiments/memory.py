@@ -96,9 +96,11 @@ def called_here(function: Callable[..., dict[str, Any]], *arguments: Any) -> Any
 def called_in_a_process(
     function: Callable[..., dict[str, Any]], *arguments: Any
 ) -> Any:
-    """What the function returns in a process of its own, which has imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["random_llama", "qlora_lib.integrations.peft"])
+    """What the function returns in a process of its own.
+
+    It is started, not forked: imports alone initialize CUDA, which a fork cannot share.
+    """
+    context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(function, *arguments).result()
 

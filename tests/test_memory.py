@@ -363,6 +363,10 @@ def test_nothing_is_suggested_where_the_weights_alone_are_too_large(monkeypatch)
         ({"trained": "all"}, ValueError, "needs weights='16bit'"),
         ({"device_gib": 0}, ValueError, "device_gib .* got 0"),
         ({"device_gib": float("nan")}, ValueError, "device_gib .* got nan"),
+        ({"device_gib": float("inf")}, ValueError, "device_gib .* got inf"),
+        ({"codebook": "nf4"}, TypeError, "codebook must be a Codebook.* got 'nf4'"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+        ({"block_size": 6.4}, TypeError, "block_size must be an integer .* got 6.4"),
         ({"config_or_model": GPT2Config(n_layer=1)}, ValueError, "no linear layer"),
     ],
 )

@@ -226,13 +226,34 @@ def test_quantile_bins_say_that_a_tail_has_no_end():
     assert texts(ax) == ["50% to 100%\ninfinitely wide"]
 
 
-def test_loss_curve_shows_the_losses_and_the_marks():
-    ax = plotting.loss_curve(range(3), [3.0, 2.5, 2.0], {"held out": (2, 2.2)})
-    np.testing.assert_array_equal(
-        line_labelled(ax, "training").get_ydata(), [3, 2.5, 2]
-    )
+def test_loss_curves_show_the_losses_and_the_marks():
+    curves = {"4 bits": (range(3), [3.0, 2.5, 2.0]), "16 bits": ([0, 2], [3.0, 1.5])}
+    ax = plotting.loss_curves(curves, marks={"held out": (2, 2.2)})
+    for label, (steps, losses) in curves.items():
+        line = line_labelled(ax, label)
+        np.testing.assert_array_equal(line.get_xdata(), list(steps))
+        np.testing.assert_array_equal(line.get_ydata(), losses)
     mark = line_labelled(ax, "held out: 2.20")
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2], [2.2])
+    assert len({line.get_marker() for line in ax.lines}) == 3
+    assert len({line.get_color() for line in ax.lines}) == 3
+    assert not ax.collections
+
+
+def test_loss_curves_have_a_band_of_two_standard_errors():
+    curves = {"4 bits": ([0, 1], [3.0, 2.0]), "16 bits": ([0, 1], [3.0, 1.9])}
+    ax = plotting.loss_curves(curves, {"16 bits": [0.1, 0.2]})
+    (band,) = ax.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.round(6)}
+    assert corners == {(0, 2.8), (0, 3.2), (1, 1.5), (1, 2.3)}
+
+
+def test_loss_curves_put_the_markers_of_equal_curves_side_by_side():
+    steps, losses = range(120), np.linspace(3, 2, 120)
+    ax = plotting.loss_curves({"4 bits": (steps, losses), "16 bits": (steps, losses)})
+    first, second = (line.get_markevery() for line in ax.lines)
+    assert first == (0, 10)
+    assert second == (5, 10)
 
 
 def matmul_record(layers=("qlora_lib", "bf16"), shapes=((8, 4), (4, 4))):
@@ -381,3 +402,113 @@ def test_tuning_steps_cut_off_what_is_far_longer():
 def test_tuning_steps_need_steps_and_a_bf16_layer(m):
     with pytest.raises(ValueError, match=f"m={m}: record has 0 steps"):
         plotting.tuning_steps(tuning_record(), 8, 4, (m,), STEPS, floor_us=2)
+
+
+def test_rank_repair_leaves_what_the_best_matrix_of_each_rank_does():
+    torch.manual_seed(0)
+    matrices = {"one": torch.randn(6, 4), "two": torch.diag(torch.tensor([6.0, 1.0]))}
+    spectra = {label: torch.linalg.svdvals(m) for label, m in matrices.items()}
+    spectrum, left_over = plotting.rank_repair(spectra).axes
+    np.testing.assert_array_equal(line_labelled(spectrum, "two").get_xdata(), [1, 2])
+    np.testing.assert_allclose(line_labelled(spectrum, "two").get_ydata(), [1, 1 / 6])
+    for label, matrix in matrices.items():
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        rests = [matrix - u[:, :r] * s[:r] @ v[:r] for r in range(len(s) + 1)]
+        norms = [(rest.norm() / matrix.norm()).item() for rest in rests]
+        line = line_labelled(left_over, label)
+        np.testing.assert_array_equal(line.get_xdata(), range(len(s) + 1))
+        np.testing.assert_allclose(line.get_ydata(), norms, atol=1e-6)
+    assert [text.get_text() for text in left_over.get_legend().texts] == list(spectra)
+
+
+def test_merge_survival_draws_each_kind_of_merge_by_size():
+    sizes = torch.tensor([0.001, 0.1, 1.0])
+    survivors = {"into 16 bits": [1, 1, 1], "into 4 bits": torch.tensor([0, 0.8, 1])}
+    ax = plotting.merge_survival(sizes, survivors)
+    for label, curve in survivors.items():
+        np.testing.assert_allclose(line_labelled(ax, label).get_xdata(), sizes)
+        np.testing.assert_allclose(line_labelled(ax, label).get_ydata(), curve)
+    assert ax.get_xscale() == "log"
+
+
+MEMORY_STEPS = {
+    "first": {"weights": 100.0, "state": 300.0},
+    "second": {"weights": 100.0, "state": 20.0},
+    "third": {"weights": 30.0, "state": 20.0},
+}
+
+
+def widths_by_row(container):
+    return {round(bar.get_center()[1]): bar.get_width() for bar in container}
+
+
+def test_memory_bars_are_cut_into_parts_and_measured_beside():
+    ax = plotting.memory_bars(MEMORY_STEPS, {"third": 48.0, "unknown": 1.0})
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(MEMORY_STEPS)
+    weights, state, measured = ax.containers
+    assert widths_by_row(weights) == {0: 100, 1: 100, 2: 30}
+    assert widths_by_row(state) == {0: 300, 1: 20, 2: 20}
+    assert [bar.get_x() for bar in state] == [100, 100, 30]
+    (bar,) = measured
+    assert (bar.get_x(), bar.get_width()) == (0, 48)
+    # It lies below the bar of its row, and does not cover it.
+    assert bar.get_center()[1] < 2.5
+    assert bar.get_y() > max(part.get_bbox().y1 for part in state)
+    legend = [text.get_text() for text in ax.get_legend().texts]
+    assert legend == ["weights", "state", "measured"]
+
+
+@pytest.mark.parametrize("measured", [None, {}])
+def test_memory_bars_speak_of_no_measurement_where_there_is_none(measured):
+    ax = plotting.memory_bars(MEMORY_STEPS, measured)
+    assert len(ax.containers) == 2
+    assert [text.get_text() for text in ax.get_legend().texts] == ["weights", "state"]
+
+
+def test_memory_bars_have_room_for_a_measurement_above_the_estimate():
+    ax = plotting.memory_bars({"third": MEMORY_STEPS["third"]}, {"third": 90.0})
+    assert ax.get_xlim()[1] > 90
+
+
+def test_memory_waterfall_goes_on_enlarged_where_its_upper_panel_ends():
+    figure = plotting.memory_waterfall(
+        MEMORY_STEPS, 2, {"third": 48.0}, limit=("the card", 64.0)
+    )
+    upper, lower = figure.axes
+    assert texts(upper) == ["400.0", "120.0 (\N{MINUS SIGN}280.0)"]
+    assert texts(lower) == ["120.0", "50.0 (\N{MINUS SIGN}70.0)", "the card"]
+    saved = [
+        [
+            (bar.get_x(), bar.get_width())
+            for bar in ax.patches
+            if not bar.get_facecolor()[3]
+        ]
+        for ax in (upper, lower)
+    ]
+    assert saved == [[(120, 280)], [(50, 70)]]
+    assert list(lower.lines[0].get_xdata()) == [64, 64]
+    # Both panels share a legend, which names the measurement of the lower one.
+    assert lower.get_legend() is None
+    names = [text.get_text() for text in upper.get_legend().texts]
+    assert names == ["weights", "state", "measured"]
+    assert upper.get_xlim()[1] > 400 > 200 > lower.get_xlim()[1] > 120
+
+
+def test_memory_timeline_keeps_the_peak_of_a_long_step():
+    spike = np.linspace(0, 1, 5000)
+    spike[3001] = 7.0
+    figure = plotting.memory_timeline(
+        {"long": spike, "short": [0, 2, 1]}, [3000, 1], "GB"
+    )
+    long, short = figure.axes
+    assert texts(long) == ["7.0 GB", "forward", "backward"]
+    assert texts(short)[0] == "2.0 GB"
+    for ax, turn, end, peak in ((long, 3000, 5000, 7), (short, 1, 3, 2)):
+        turn_line, top = ax.lines
+        assert list(turn_line.get_xdata()) == [turn, turn]
+        assert list(top.get_ydata()) == [peak]
+        assert ax.get_xlim() == (0, end)
+        (area,) = ax.collections
+        corners = area.get_paths()[0].vertices
+        assert corners[:, 1].max() == peak
+        assert len(corners) < 3000

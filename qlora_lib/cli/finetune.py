@@ -20,6 +20,7 @@ from qlora_lib.cli.options import (
     NoDoubleQuant,
     NoGradientCheckpointing,
     SkipModules,
+    as_words,
     asked_for,
 )
 from qlora_lib.cli.output import log_lines, say, show_result, working
@@ -158,6 +159,8 @@ def finetune(
             f"--batch-size {batch_size} cannot be computed in "
             f"{gradient_accumulation} equal parts: choose a divisor of it"
         )
+    if dropout == 1:
+        raise typer.BadParameter("--dropout 1 leaves nothing to learn: choose below 1")
     with working():
         import torch
         from safetensors import SafetensorError
@@ -171,6 +174,7 @@ def finetune(
             quantization_of,
         )
         from qlora_lib.finetuning.packing import pack as pack_pairs
+        from qlora_lib.finetuning.reading import ANSWER_CUE
 
         _check_out(out, resume)
         pairs = _read(data, split)
@@ -233,8 +237,10 @@ def finetune(
         f"{out}: an adapter of {steps} steps, loss {losses[0]:.3f} at first and "
         f"{losses[-1]:.3f} at last"
     )
-    next_command = shlex.join(["qlora", "generate", model, "--adapter", str(out)])
-    show_result(result, as_json, text, f"Ask it: {next_command} --prompt TEXT")
+    words = ["qlora", "generate", model, "--adapter", str(out), *as_words(asked)]
+    if pairs[0].cue == ANSWER_CUE:
+        words.append("--instruction")
+    show_result(result, as_json, text, f"Ask it: {shlex.join(words)} --prompt TEXT")
 
 
 def _check_out(out: Path, resume: bool) -> None:

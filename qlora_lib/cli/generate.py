@@ -71,6 +71,8 @@ def generate(
         compute_dtype=compute_dtype,
         skip_modules=skip_module,
     )
+    if top_p == 0:
+        raise typer.BadParameter("--top-p 0 leaves no token: choose above 0")
     if dense and asked:
         options = ", ".join(asked)
         raise typer.BadParameter(f"--dense does not quantize: leave out {options}")

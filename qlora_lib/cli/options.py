@@ -135,6 +135,19 @@ def asked_for(no_double_quant: bool, **options: Any) -> dict[str, Any]:
     return asked | ({"double_quant": False} if no_double_quant else {})
 
 
+def as_words(asked: dict[str, Any]) -> list[str]:
+    """Write what was asked for as on the command line, the way back from asked_for."""
+    words = []
+    for name, value in asked.items():
+        if name == "double_quant":
+            words.append("--no-double-quant")
+        elif name == "skip_modules":
+            words += [word for module in value for word in ("--skip-module", module)]
+        else:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
 def check_out(out: Path, overwrite: bool, *inputs: str | Path) -> None:
     """Refuse to write over something, before the work begins.
 

@@ -60,19 +60,7 @@ def encode_prompt(
     Raises:
         ValueError: If the prompt is blank, or not even one token of it fits.
     """
-    if not prompt.strip():
-        raise ValueError(f"prompt={prompt!r} is blank: there is nothing to answer")
-    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
-    cue_ids: list[int] = tokenizer(cue, add_special_tokens=False)["input_ids"]
-    if max_length is None:
-        return prompt_ids + cue_ids
-    room = max_length - len(cue_ids)
-    if room < 1:
-        raise ValueError(
-            f"max_length={max_length} leaves no room for the prompt beside "
-            f"{len(cue_ids)} tokens of cue; raise max_length"
-        )
-    return prompt_ids[:room] + cue_ids
+    return _encode_prompt(prompt, tokenizer, max_length, cue)
 
 
 def encode_pair(
@@ -100,13 +88,9 @@ def encode_pair(
         raise ValueError("tokenizer has no eos_token: set one, the answer ends with it")
     answer_ids = tokenizer(pair.answer, add_special_tokens=False)["input_ids"]
     answer_ids = [*answer_ids, tokenizer.eos_token_id]
-    room = max_length - len(answer_ids)
-    if room < 1:
-        raise ValueError(
-            f"max_length={max_length} leaves no room for the prompt beside "
-            f"{len(answer_ids)} tokens of answer; raise max_length"
-        )
-    prompt_ids = encode_prompt(pair.prompt, tokenizer, room, pair.cue)
+    prompt_ids = _encode_prompt(
+        pair.prompt, tokenizer, max_length, pair.cue, len(answer_ids)
+    )
     return {
         "input_ids": prompt_ids + answer_ids,
         "attention_mask": [1] * (len(prompt_ids) + len(answer_ids)),
@@ -186,3 +170,28 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def _encode_prompt(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    cue: str,
+    answer_tokens: int = 0,
+) -> list[int]:
+    """Encode prompt and cue, in the room that the answer leaves."""
+    if not prompt.strip():
+        raise ValueError(f"prompt={prompt!r} is blank: there is nothing to answer")
+    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
+    cue_ids: list[int] = tokenizer(cue, add_special_tokens=False)["input_ids"]
+    if max_length is None:
+        return prompt_ids + cue_ids
+    room = max_length - len(cue_ids) - answer_tokens
+    # A start token alone is no prompt.
+    if room < min(len(prompt_ids), 1 + tokenizer.num_special_tokens_to_add()):
+        raise ValueError(
+            f"max_length={max_length} leaves no room for the prompt beside "
+            f"{len(cue_ids)} tokens of cue and {answer_tokens} tokens of answer; raise "
+            "max_length"
+        )
+    return prompt_ids[:room] + cue_ids

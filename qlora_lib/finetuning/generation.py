@@ -12,6 +12,17 @@ from qlora_lib.finetuning.data import encode_prompt, padding_token
 from qlora_lib.finetuning.docstrings import INSTRUCTION
 from qlora_lib.finetuning.training import evaluating
 
+# Models of the hub bring settings of their own, such as a penalty for repetitions, and
+# what is not given here is taken from those.
+_UNCHANGED_LOGITS = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": None,
+    "min_p": None,
+    "typical_p": 1.0,
+}
+
 
 @torch.no_grad()
 def generate(
@@ -43,7 +54,9 @@ def generate(
             from; in (0, 1].
 
     Returns:
-        The answer without special tokens and surrounding white space.
+        The answer without special tokens and surrounding white space. It ends at the
+        end token of the tokenizer, with which answers end in training, or at one that
+        the model's own settings name.
 
     Raises:
         ValueError: If the prompt is blank, none of it fits, or a number is out of
@@ -57,7 +70,12 @@ def generate(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     ids = encode_prompt(prompt, tokenizer, max_prompt_tokens, cue)
     input_ids = torch.tensor([ids], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if temperature > 0:
         # top_k is 50 by default, which would be a second, unasked cut.
         sampling = {
@@ -74,7 +92,9 @@ def generate(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=padding_token(tokenizer),
+            eos_token_id=_ends(causal_model, tokenizer),
             use_cache=True,
+            **_UNCHANGED_LOGITS,
             **sampling,
         )
     answer = tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
@@ -111,3 +131,9 @@ def generate_docstring(
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
     )
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    ends = model.generation_config.eos_token_id
+    tokens = set(ends if isinstance(ends, list) else [ends])
+    return sorted((tokens | {tokenizer.eos_token_id}) - {None}) or None

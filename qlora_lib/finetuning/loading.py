@@ -7,6 +7,7 @@ in a sentence with a cure.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,7 +133,8 @@ def load_model(
         model: A folder that ``save_pretrained`` has written, or an id of the hub.
         device: Where to load it, such as ``"cpu"``; by default to the GPU, if there is
             one.
-        dense: Whether to leave a checkpoint in 16 bits as it is.
+        dense: Whether to leave a checkpoint in 16 bits as it is. Nothing can be asked
+            for beside it.
         **asked: As for :func:`quantization_of`.
 
     Raises:
@@ -142,6 +144,10 @@ def load_model(
             weights are damaged, there is no linear layer to quantize, or ``dense`` is
             asked for and the checkpoint has 4 bits.
     """
+    if dense and asked:
+        raise ValueError(
+            f"dense=True does not quantize: leave out {', '.join(asked)}, or dense"
+        )
     config = load_config(model)
     saved = _saved_quantization(config)
     if dense and saved is not None:
@@ -208,10 +214,11 @@ def _explained(model: str, part: str = "model") -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(
-            f"model={model!r} has a weight file that cannot be read ({error}), it may "
-            "be cut short: copy or download it again"
-        ) from error
+        raise ValueError(_unreadable(model, error)) from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(_unreadable(model, error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         causes = tuple(_chain(error))
         if isinstance(error, ValueError) and str(error).startswith(f"{model} "):
@@ -224,6 +231,13 @@ def _explained(model: str, part: str = "model") -> Iterator[None]:
                 "tokenizer.json and tokenizer_config.json beside config.json"
             ) from error
         raise
+
+
+def _unreadable(model: str, error: Exception) -> str:
+    return (
+        f"model={model!r} has a weight file that cannot be read ({error}), it may be "
+        "cut short: copy or download it again"
+    )
 
 
 def _hub_error(model: str, causes: tuple[BaseException, ...]) -> Exception | None:

@@ -9,7 +9,9 @@ the start of another sequence, and keeps attention within each.
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lib.finetuning.data import IGNORED_LABEL, Example
@@ -74,19 +76,48 @@ def check_packing(
     Raises:
         ValueError: If the examples are packed, more than one row is computed at a time,
             and the attention tells pairs apart in single rows only, as flash attention
-            does.
+            does. Also if the model does not tell pairs apart at all, as models with a
+            recurrent state, or with positions that are not told to them.
     """
+    if "position_ids" not in examples[0]:
+        return
     attention = model.config._attn_implementation
-    if (
-        "position_ids" in examples[0]
-        and rows_at_a_time > 1
-        and attention not in SEPARATING_ATTENTION
-    ):
+    if rows_at_a_time > 1 and attention not in SEPARATING_ATTENTION:
         raise ValueError(
             f"attention {attention!r} keeps packed pairs apart in single rows only, "
             f"and {rows_at_a_time} are computed at a time: set gradient_accumulation "
             "to batch_size, or load the model with attn_implementation='sdpa'"
         )
+    if not _keeps_apart(model):
+        raise ValueError(
+            f"model is of the type {model.config.model_type!r}, in which a packed pair "
+            "sees those before it in its row: pass examples that are not packed"
+        )
+
+
+def _keeps_apart(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the second sequence of a row has no gradient with respect to the first.
+
+    Each weight of its attention to the first is exactly zero, so the gradient is, too.
+    """
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(1, 7, device=model.device)[None]
+        positions = torch.arange(3, device=model.device).repeat(2)[None]
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[:, 3:].float().sum(), embedded[0])
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return not gradient[:, :3].any()
 
 
 def _join(examples: Sequence[Example]) -> dict[str, list[int]]:

@@ -124,8 +124,10 @@ def read_hub_dataset(name: str, split: str = "train") -> list[InstructionPair]:
             f"({error}): pass the path of a jsonl file"
         ) from error
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        # "An error occurred" is all that some of these say; the reason is the cause.
+        reason = error.__cause__ or error
         raise ValueError(
-            f"name={name!r} cannot be read as a data set ({error}): pass the name of "
+            f"name={name!r} cannot be read as a data set ({reason}): pass the name of "
             "one on the hub, or the path of a local jsonl file"
         ) from error
     pairs = []

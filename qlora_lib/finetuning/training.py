@@ -231,7 +231,9 @@ def finetune(
             save_strategy="no" if output_dir is None else "steps",
             save_steps=save_every or steps,
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            # The Trainer would move a model that is on the CPU to a GPU.
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=model.device.type == "cuda",
             report_to="none",
             disable_tqdm=True,
         )
@@ -244,7 +246,11 @@ def finetune(
             train_dataset=list(examples),
             data_collator=partial(collate, padding_id=padding_token(tokenizer)),
             optimizers=(built_optimizer, None),
-            callbacks=[*callbacks, *([_LossBar()] if progress else [])],
+            callbacks=[
+                *callbacks,
+                *([_LossBar()] if progress else []),
+                *([_SaveWhenStopped()] if output_dir is not None else []),
+            ],
         )
         # Without a progress bar the Trainer prints every log entry; they are returned.
         trainer.remove_callback(PrinterCallback)
@@ -277,9 +283,11 @@ def answer_losses(
         float32 ``[examples]`` on the CPU.
 
     Raises:
-        ValueError: If ``examples`` is empty or packed.
+        ValueError: If ``examples`` is empty or packed, or ``batch_size`` is below 1.
     """
     _check_examples(examples)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive number, got {batch_size}")
     if "position_ids" in examples[0]:
         raise ValueError(
             "examples are packed, and a row has no answer of its own: pass the pairs"
@@ -328,6 +336,19 @@ class _LossBar(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+class _SaveWhenStopped(TrainerCallback):
+    """A checkpoint of the last step, where another callback stops the run early."""
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        control.should_save |= control.should_training_stop
 
 
 def _check_examples(examples: Sequence[Example]) -> None:

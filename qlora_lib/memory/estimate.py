@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from qlora_lib.memory.parts import (
@@ -20,6 +22,7 @@ from qlora_lib.memory.planned_model import planned_model
 from qlora_lib.memory.rehearsal import rehearse
 from qlora_lib.nn import Linear4bit
 from qlora_lib.numerics import NF4, Codebook
+from qlora_lib.numerics.quantized_tensor import check_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -129,7 +132,8 @@ def estimate_memory(
         device_gib: Memory of the card in GiB, to answer whether the run fits.
 
     Raises:
-        TypeError: If ``config_or_model`` is none of these.
+        TypeError: If ``config_or_model`` is none of these, ``codebook`` is no Codebook,
+            or ``block_size`` no integer.
         ValueError: If a name is unknown, a number is below 1, weights of 4 bits shall
             be trained, or there is no linear layer to quantize.
     """
@@ -149,6 +153,7 @@ def estimate_memory(
         "double_quant": double_quant,
     }
     _check(run, weights, trained, device_gib)
+    check_arguments(torch.zeros(1), codebook, block_size)
     estimate = _estimate(config_or_model, run, plan)
     if device_gib is None:
         return estimate
@@ -283,7 +288,7 @@ def _check(run: _Run, weights: str, trained: str, device_gib: float | None) -> N
             "trained='all' needs weights='16bit': weights in 4 bits are frozen, and "
             "adapters are trained beside them"
         )
-    if device_gib is not None and not device_gib > 0:
+    if device_gib is not None and not 0 < device_gib < math.inf:
         raise ValueError(
             f"device_gib must be the memory of the card in GiB, got {device_gib!r}"
         )

@@ -71,7 +71,7 @@ def planned_model(
     It takes no memory for its numbers, and asks no hub. Linear layers become
     :class:`~qlora_lib.Linear4bit` but for the output layer; layers that ``source``
     holds in 4 bits already are taken over as they are. The arguments are those of
-    :func:`qlora_lib.memory.estimate_memory`.
+    :func:`qlora_lib.estimate_memory`.
 
     Raises:
         TypeError: If ``source`` is none of the three types.

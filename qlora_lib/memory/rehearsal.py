@@ -78,11 +78,19 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # transformers asks whether all tokens count and none begins a new text.
             return True
+        if func is torch.ops.aten.addmm_.default and args[0].is_meta:
+            # It allocates nothing, and takes half a millisecond to find that out.
+            return args[0]
         results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
+        workspace = _dense_weight_bytes(func, args)
+        known = len(self._storages)
+        for result in (
+            [results] if isinstance(results, Tensor) else tree_leaves(results)
+        ):
             if isinstance(result, Tensor):
                 self._watch(result, self._part_of(func, result))
-        self._note_peak(workspace=_dense_weight_bytes(func, args))
+        if workspace or len(self._storages) > known:
+            self._note_peak(workspace)
         return results
 
     def _part_of(self, func: Any, result: Tensor) -> str:

@@ -111,7 +111,7 @@ class Linear4bit(nn.Linear):
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor that shares memory with the parameters."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self._as_quantized_tensor()
         # Putting it together takes longer than a launch, so it is kept as long as the
         # parameters are where they were. They cannot move unseen: what is kept holds
@@ -119,7 +119,9 @@ class Linear4bit(nn.Linear):
         parameters = self._parameters.values()
         places = tuple([0 if p is None else p.data_ptr() for p in parameters])
         if self._known_weight is None or places != self._known_places or not places[0]:
-            self._known_weight = self._as_quantized_tensor()
+            # A tensor of inference mode could not be kept for a backward pass later.
+            with torch.inference_mode(False):
+                self._known_weight = self._as_quantized_tensor()
             self._known_places = places
         return self._known_weight
 

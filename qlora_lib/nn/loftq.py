@@ -40,13 +40,17 @@ def loftq_split(
         ``[out_features, rank]``.
 
     Raises:
-        ValueError: If ``rank`` is not between 1 and the smaller dimension, or
-            ``iterations`` is below 1.
+        ValueError: If ``rank`` is not between 1 and the smaller dimension, ``scaling``
+            is not above 0, or ``iterations`` is below 1.
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(
             f"rank must be between 1 and {min(weight.shape)}, the smaller dimension of "
             f"weight, got {rank}"
+        )
+    if not scaling > 0:
+        raise ValueError(
+            f"scaling must be above 0, got {scaling}: the correction is divided by it"
         )
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")

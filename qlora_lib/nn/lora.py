@@ -84,7 +84,7 @@ def lora_linear(
         # of PyTorch's as it sees fit.
         update = _update(F.dropout(input, dropout), lora_a, lora_b, scaling)
         return matmul(input, weight, bias) + update
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
     if is_transformed():
         mask = _mask(input.shape, input.device, dropout, seed) if dropout else None
         scale = scaling / (1 - dropout)

@@ -17,13 +17,19 @@ from qlora_lib.plotting.data import (
     quantile_bins,
 )
 from qlora_lib.plotting.kernels import roofline, speedup, tuning_steps
+from qlora_lib.plotting.lora import merge_survival, rank_repair
+from qlora_lib.plotting.memory import (
+    memory_bars,
+    memory_timeline,
+    memory_waterfall,
+)
 from qlora_lib.plotting.results import (
     bits_bars,
     error_by_block_size,
     error_by_total_bits,
-    loss_curve,
 )
 from qlora_lib.plotting.style import MARKERS, PALETTE, book_style
+from qlora_lib.plotting.training import loss_curves
 
 __all__ = [
     "MARKERS",
@@ -35,10 +41,15 @@ __all__ = [
     "error_by_block_size",
     "error_by_total_bits",
     "interval_histogram",
-    "loss_curve",
+    "loss_curves",
+    "memory_bars",
+    "memory_timeline",
+    "memory_waterfall",
+    "merge_survival",
     "number_line",
     "number_lines",
     "quantile_bins",
+    "rank_repair",
     "relative_precision",
     "roofline",
     "speedup",

@@ -1,4 +1,4 @@
-"""Figures of results: error against cost, bits, and losses."""
+"""Figures of results: error against cost, and bits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from matplotlib.ticker import (
 
 from qlora_lib.plotting.style import (
     BLACK,
-    BLUE,
-    MARKERS,
-    PALETTE,
     Numbers,
     as_array,
     axes_or_new,
@@ -121,30 +118,4 @@ def bits_bars(
     ax.invert_yaxis()
     ax.set(xlabel="bits per parameter", xlim=(0, 1.12 * totals.max()))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
-    return ax
-
-
-def loss_curve(
-    steps: Sequence[int],
-    losses: Numbers,
-    marks: Mapping[str, tuple[float, float]] | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw a training loss, with marked points such as losses on held-out data.
-
-    Args:
-        steps: Optimizer steps.
-        losses: The training loss at each, in nats per token.
-        marks: ``(step, loss)`` of each further point, by its label.
-        ax: Where to draw; a new figure by default.
-    """
-    ax = axes_or_new(ax)
-    ax.plot(steps, as_array(losses), color=BLUE, marker="", label="training")
-    for place, (label, (step, loss)) in enumerate((marks or {}).items(), 1):
-        # The value stands in the legend, where it cannot lie on the curve.
-        label = f"{label}: {loss:.2f}"
-        ax.plot(step, loss, MARKERS[place], color=PALETTE[place], label=label, zorder=3)
-    ax.set(xlabel="step", ylabel="loss (nats per token)")
-    ax.margins(y=0.15)
-    ax.legend()
     return ax

@@ -130,6 +130,30 @@ def test_progress_goes_to_the_standard_error(qlora, base, pairs, short_run, tmp_
     assert shlex.split(command)[:2] == ["qlora", "generate"]
 
 
+def test_the_next_command_quantizes_and_asks_as_in_training(
+    qlora, base, short_run, tmp_path
+):
+    data = tmp_path / "alpaca.jsonl"
+    data.write_text(json.dumps({"instruction": "Add 1 to 2.", "output": "3"}) + "\n")
+    asked = "--codebook fp4_e2m1 --block-size 32 --no-double-quant".split()
+    asked += "--skip-module down_proj --skip-module o_proj".split()
+    result = qlora("finetune", base, data, tmp_path / "out", *short_run, *asked)
+    assert result.exit_code == 0, result.stderr
+    command = result.stdout.split("Ask it: ")[1].removesuffix(" --prompt TEXT\n")
+    words = shlex.split(command)
+    assert "--instruction" in words
+    for option in ("--codebook fp4_e2m1", "--block-size 32", "--no-double-quant"):
+        assert option in command
+    assert words.count("--skip-module") == 2
+    answer = qlora(*words[1:], "--prompt", "Add.", "--max-new-tokens", "2")
+    assert answer.exit_code == 0, answer.stderr
+
+
+def test_a_dropout_of_all_is_wrong_use(failing, base, pairs, tmp_path, no_weights):
+    words = ("finetune", base, pairs, tmp_path / "out", "--dropout", "1")
+    assert "--dropout 1" in failing(*words, code=2)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -120,3 +120,9 @@ def test_a_broken_adapter_is_refused(failing, base, adapter, tmp_path, lost):
 def test_a_model_without_connection_says_what_to_pass(failing):
     message = failing("generate", "some-one/some-model", "--prompt", "x")
     assert "pass the path of a folder, or run once with a connection" in message
+
+
+def test_no_token_to_draw_is_wrong_use(failing, base, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    words = ("generate", base, "--prompt", "a", "--top-p", "0")
+    assert "--top-p 0" in failing(*words, code=2)

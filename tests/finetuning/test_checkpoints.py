@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from qlora_lib.finetuning.checkpoints import (
     CheckpointTrainer,
@@ -231,6 +231,20 @@ def test_a_checkpoint_is_an_adapter_of_peft_and_no_model(
     loaded = PeftModel.from_pretrained(base, path)
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_run_that_stops_early_saves_its_last_step(
+    fresh, byte_tokenizer, examples, tmp_path, expected
+):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == 3
+
+    run = {**RUN, "save_every": None, "output_dir": tmp_path}
+    losses = finetune(fresh(), byte_tokenizer, examples, callbacks=[Stop()], **run)
+    assert losses == expected[0][:3]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert_resumes(fresh, byte_tokenizer, examples, tmp_path, expected)
 
 
 # What must not be resumed from

@@ -1,9 +1,11 @@
 """Encoded pairs: the loss on the answer alone, what is cut, and what pads a batch."""
 
+import copy
 import logging
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lib.finetuning.data import (
@@ -57,10 +59,23 @@ def test_a_prompt_loses_its_end_and_cue_and_answer_stay(
 
 def test_no_room_for_the_prompt_raises(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     answer, cue = len(PAIR.answer) + 1, len(INSTRUCTION)
-    with pytest.raises(ValueError, match=f"max_length={cue} .* {cue} tokens of cue"):
-        encode_pair(PAIR, byte_tokenizer, answer + cue)
-    with pytest.raises(ValueError, match=f"={answer} .* {answer} tokens of answer"):
-        encode_pair(PAIR, byte_tokenizer, answer)
+    needed = f"{cue} tokens of cue and {answer} tokens of answer"
+    # The limit is the one that was passed, not what is left of it.
+    for max_length in (answer + cue, answer):
+        with pytest.raises(ValueError, match=f"max_length={max_length} .* {needed}"):
+            encode_pair(PAIR, byte_tokenizer, max_length)
+
+
+def test_a_start_token_alone_is_no_prompt(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)]
+    )
+    assert len(encode_prompt("abc", tokenizer, 2)) == 2
+    with pytest.raises(ValueError, match="max_length=1 leaves no room"):
+        encode_prompt("abc", tokenizer, 1)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])

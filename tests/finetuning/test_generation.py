@@ -88,3 +88,25 @@ def test_the_training_mode_is_restored_when_generation_fails(
 def test_bad_input(tiny_model, byte_tokenizer, options, named):
     with pytest.raises(ValueError, match=named):
         generate(tiny_model, byte_tokenizer, **{"prompt": "abc", **options})
+
+
+def test_settings_that_a_model_brings_along_change_no_probability(
+    tiny_model, byte_tokenizer
+):
+    expected = generate(tiny_model, byte_tokenizer, SOURCE, max_new_tokens=12)
+    settings = tiny_model.generation_config
+    settings.update(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=3)
+    settings.update(min_new_tokens=12, temperature=0.6, top_k=20, top_p=0.95)
+    assert generate(tiny_model, byte_tokenizer, SOURCE, max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize("ends", [None, 200, [200, 201]])
+def test_an_answer_ends_where_training_ended_it(tiny_model, byte_tokenizer, ends):
+    tiny_model.generation_config.eos_token_id = ends
+    # The end token is always the most likely one.
+    head = tiny_model.lm_head
+    head.register_forward_hook(lambda *a: torch.eye(257)[[0]].expand_as(a[-1]))
+    seen = []
+    head.register_forward_hook(lambda *a: seen.append(a[-1]))
+    assert generate(tiny_model, byte_tokenizer, SOURCE, max_new_tokens=12) == ""
+    assert len(seen) == 1

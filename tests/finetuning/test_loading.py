@@ -118,6 +118,23 @@ def test_weights_that_are_cut_short(tmp_path):
         load_model(str(tmp_path / "cut"), device="cpu")
 
 
+def test_weights_of_torch_that_are_cut_short(tmp_path):
+    shutil.copytree(BASE, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    weights = tmp_path / "cut" / "pytorch_model.bin"
+    torch.save({"lm_head.weight": torch.zeros(4096, 192)}, weights)
+    whole = weights.read_bytes()
+    for length in (len(whole) // 2, 10, 0):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="it may be cut short"):
+            load_model(str(tmp_path / "cut"), device="cpu")
+
+
+def test_nothing_is_asked_for_beside_dense():
+    with pytest.raises(ValueError, match="leave out codebook"):
+        load_model(BASE, device="cpu", dense=True, codebook="nf3")
+
+
 def test_other_quantizations_are_refused():
     for quantization in (
         {"quant_method": "gptq", "bits": 4},

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, OPTConfig
 
+from qlora_lib.finetuning import packing
 from qlora_lib.finetuning.data import IGNORED_LABEL, collate
 from qlora_lib.finetuning.packing import check_packing, pack
 
@@ -112,11 +113,43 @@ def test_nothing_to_pack_raises() -> None:
 
 
 def test_attention_that_reads_single_rows_only_is_refused(
-    tiny_model: LlamaForCausalLM,
+    tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = pack(EXAMPLES, 64)
+    # Flash attention itself needs a GPU.
+    monkeypatch.setattr(packing, "_keeps_apart", lambda model: True)
     tiny_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"'flash_attention_2' .* gradient_accumul"):
         check_packing(rows, tiny_model, 2)
     check_packing(rows, tiny_model, 1)
     check_packing(EXAMPLES, tiny_model, 2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(
+            vocab_size=257,
+            hidden_size=32,
+            ffn_dim=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        ),
+        MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=4),
+    ],
+    ids=["other positions", "a recurrent state"],
+)
+def test_models_that_do_not_tell_pairs_apart_are_refused(config) -> None:
+    model = AutoModelForCausalLM.from_config(config).train()
+    for rows_at_a_time in (1, 2):
+        with pytest.raises(ValueError, match=f"{config.model_type!r}.*not packed"):
+            check_packing(pack(EXAMPLES, 64), model, rows_at_a_time)
+    assert model.training
+    assert not model.get_input_embeddings()._forward_hooks
+    check_packing(EXAMPLES, model, 2)
+
+
+def test_llama_tells_pairs_apart(tiny_model: LlamaForCausalLM) -> None:
+    check_packing(pack(EXAMPLES, 64), tiny_model, 2)
+    check_packing(pack(EXAMPLES, 64), tiny_model.requires_grad_(False), 2)

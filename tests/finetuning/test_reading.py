@@ -162,3 +162,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
     with pytest.raises(ValueError, match="cannot be read as a data set"):
         read_hub_dataset(str(tmp_path / "broken.jsonl"))
+
+
+def test_a_broken_file_of_another_format_is_told_with_the_reason(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer":\n')
+    with pytest.raises(ValueError, match=r"data\.json.*JSON parse error"):
+        read_hub_dataset(str(path))

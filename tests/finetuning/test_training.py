@@ -408,3 +408,21 @@ def test_on_a_gpu_training_goes_as_on_the_cpu(adapted_model, byte_tokenizer, exa
     assert run[0] > run[-1]
     expected = answer_losses(adapted_model, byte_tokenizer, examples)
     torch.testing.assert_close(losses, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_model_stays_on_the_cpu(adapted_model, byte_tokenizer, examples):
+    # Where there is a GPU the Trainer would else move it there.
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(args.use_cpu)
+
+    finetune(adapted_model, byte_tokenizer, examples, steps=1, callbacks=[Note()])
+    assert seen == [adapted_model.device.type == "cpu"]
+
+
+def test_batches_of_nothing_are_refused(tiny_model, byte_tokenizer, examples):
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size .* got {batch_size}"):
+            answer_losses(tiny_model, byte_tokenizer, examples, batch_size)

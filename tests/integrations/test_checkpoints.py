@@ -504,6 +504,13 @@ class TestWritingBitsandbytes:
         assert_close_logits(logits(their_model, tokens), logits(model, tokens))
         assert_same_model(load_theirs(tmp_path), model)
 
+    def test_transposed_layers_left_dense(self, load, save_random, tmp_path, tokens):
+        model = load(save_random(GPT2), skip_modules=["c_proj"])
+        save_bitsandbytes(model, tmp_path)
+        their_model = reload(tmp_path)
+        assert_same_weights(model, their_model)
+        assert_close_logits(logits(their_model, tokens), logits(model, tokens))
+
     def test_the_model_is_left_as_it_is(self, load, llama_folder, tmp_path):
         model = load(llama_folder)
         config, quantizer = model.config.quantization_config, model.hf_quantizer

@@ -94,9 +94,15 @@ def randomize(model: nn.Module, seed: int = 1, scale: float = 0.05) -> None:
             parameter.data.mul_(noise)
 
 
-def make_adapted(seed: int = 0, dtype: torch.dtype = torch.float32, **fields: object):
+def make_adapted(
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    model_fields: dict[str, object] | None = None,
+    **fields: object,
+):
     torch.manual_seed(7)
-    model = get_peft_model(make_model(seed, dtype=dtype), make_config(**fields)).eval()
+    model = make_model(seed, dtype=dtype, **(model_fields or {}))
+    model = get_peft_model(model, make_config(**fields)).eval()
     randomize(model)
     return model
 
@@ -250,6 +256,19 @@ class TestForward:
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
         assert seen
 
+    @pytest.mark.parametrize("place", ["base_layer", "lora_A.default"])
+    def test_other_hooks_are_called_too(self, place):
+        model = make_adapted()
+        seen = []
+        layer = lora_layers(model)[f"{PREFIX}{QUERY}"].get_submodule(place)
+        layer.register_full_backward_hook(lambda *arguments: seen.append("backward"))
+        if place != "base_layer":
+            layer.register_forward_hook(lambda *arguments: seen.append("forward"))
+        model.enable_input_require_grads()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        expected = ["backward"] if place == "base_layer" else ["forward", "backward"]
+        assert seen == expected
+
     def test_dropout_is_applied_while_training_only(self):
         model = make_adapted(lora_dropout=0.5)
         assert torch.equal(logits(model), logits(model))
@@ -393,6 +412,13 @@ class TestSaveAndLoad:
             assert torch.equal(
                 other.lora_B.default.weight, layer.matrices("default")[1]
             )
+
+    def test_merging_adds_no_entry(self):
+        model = make_adapted(model_fields={"attention_bias": True})
+        state, parameters = model.state_dict().keys(), dict(model.named_parameters())
+        model.merge_adapter()
+        assert model.state_dict().keys() == state
+        assert dict(model.named_parameters()).keys() == parameters.keys()
 
     def test_saved_while_merged(self, tmp_path):
         model = make_adapted()
@@ -657,6 +683,16 @@ class TestMerge:
         with pytest.raises(RuntimeError, match="has a bias, which cannot be merged"):
             model.merge_adapter()
 
+    @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+    @pytest.mark.parametrize("merge", [merge_dequantized, merge_into_4bit])
+    def test_a_bias_that_fits_some_layers_only_changes_nothing(self, merge):
+        # Attention comes first, and has biases; the other layers have none.
+        model = make_adapted(model_fields={"attention_bias": True}, lora_bias=True)
+        with pytest.raises(RuntimeError, match="has a bias, which cannot be merged"):
+            merge(model)
+        assert len(lora_layers(model)) == 14
+        assert not any(layer.merged for layer in lora_layers(model).values())
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("merge", [merge_dequantized, merge_into_4bit])
     def test_a_broken_adapter_is_refused_before_anything_is_merged(self, merge, value):
@@ -828,6 +864,23 @@ class TestMergeInto4Bits:
         torch.testing.assert_close(merged.lm_head.weight, expected)
         assert isinstance(merged.get_submodule(QUERY), Linear4bit)
 
+    def test_layers_of_an_inactive_adapter_stay_in_4_bits(self):
+        model = make_adapted(target_modules=["q_proj"])
+        before = logits(model)
+        model.add_adapter("second", make_config(target_modules=["v_proj"]))
+        randomize(model)
+        model.set_adapter("default")
+        report = merge_into_4bit(model)
+        assert all(name.endswith("q_proj") for name in report.layers)
+        layers = [m for m in report.model.modules() if isinstance(m, Linear4bit)]
+        assert len(layers) == 14
+        assert not lora_layers(report.model)
+        assert torch.equal(
+            report.model.get_submodule("model.layers.0.self_attn.v_proj").weight,
+            make_model().get_submodule("model.layers.0.self_attn.v_proj").weight,
+        )
+        assert logits(report.model).shape == before.shape
+
     def test_nothing_to_merge(self):
         model = get_peft_model(make_model(), make_config(target_modules=["lm_head"]))
         with pytest.raises(ValueError, match="no active adapter beside a 4-bit layer"):
@@ -924,6 +977,26 @@ class TestLoftQ:
         with pytest.raises(ValueError, match=r"one active adapter, got \['default', '"):
             loftq_init(model, make_dense().state_dict())
 
+    @pytest.mark.parametrize("iterations", [1, 2])
+    def test_dora_begins_at_the_corrected_weight(self, iterations):
+        model = make_adapted(use_dora=True)
+        loftq_init(model, make_dense().state_dict(), iterations)
+        for layer in lora_layers(model).values():
+            a, b = layer.matrices("default")
+            start = (
+                layer.quantized_layer.dequantize() + layer.scaling["default"] * b @ a
+            )
+            torch.testing.assert_close(layer.dense_weight(["default"]), start)
+
+    def test_a_model_that_is_not_in_4_bits(self):
+        model = get_peft_model(make_dense(), make_config())
+        with pytest.raises(ValueError, match="no 4-bit layer with adapter default"):
+            loftq_init(model, make_dense().state_dict())
+
+    def test_a_model_without_adapters(self):
+        with pytest.raises(TypeError, match="must be a PeftModel, got LlamaFor"):
+            loftq_init(make_model(), make_dense().state_dict())
+
     def test_a_folder_without_weights(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors"):
             loftq_init(make_adapted(), tmp_path)
@@ -934,6 +1007,9 @@ class TestLoftQ:
             loftq_split(weight, NF4, 64, True, 5, 1.0)
         with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
             loftq_split(weight, NF4, 64, True, 2, 1.0, 0)
+        for scaling in (0.0, -1.0):
+            with pytest.raises(ValueError, match="scaling must be above 0, got"):
+                loftq_split(weight, NF4, 64, True, 2, scaling)
         model = make_adapted()
         before = logits(model)
         with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):

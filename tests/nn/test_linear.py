@@ -353,6 +353,25 @@ def test_the_weight_is_put_together_once():
     assert layer.quantized_weight is layer.quantized_weight
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_layer_that_was_called_in_inference_mode_trains(double_quant):
+    layer = Linear4bit.from_linear(nn.Linear(128, 64), double_quant=double_quant)
+    x = torch.randn(3, 128, requires_grad=True)
+    with torch.inference_mode():
+        expected = layer(x.detach())
+    output = layer(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, weight_bits(layer).sum(0).expand(3, -1))
+
+
+def test_a_transform_leaves_no_wrapped_weight_behind():
+    layer = Linear4bit.from_linear(nn.Linear(128, 64))
+    torch.func.grad(lambda x: layer(x).sum())(torch.randn(3, 128))
+    packed = layer.quantized_weight.packed
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(packed)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_the_weight_is_that_of_the_parameters_after_they_change(assign):
     layer, other = (Linear4bit.from_linear(nn.Linear(128, 64)) for _ in range(2))

@@ -272,6 +272,16 @@ def test_dropout_differs_from_call_to_call_and_follows_the_seed():
     assert not torch.equal(first, second)
 
 
+def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device():
+    case = make_case()
+    torch.manual_seed(5)
+    expected = lora_linear(*case, SCALING, 0.5)
+    torch.manual_seed(5)
+    with torch.device("meta"):  # another default device, such as a GPU
+        found = lora_linear(*case, SCALING, 0.5)
+    assert torch.equal(found, expected)
+
+
 def test_without_dropout_no_random_number_is_drawn():
     case = make_case()
     before = torch.get_rng_state()

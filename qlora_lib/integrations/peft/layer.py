@@ -24,8 +24,8 @@ class LoraLinear4bit(LoraLinear):
 
     With one active adapter the output is that of :func:`qlora_lib.nn.lora_linear`.
     Everything else (several active adapters, DoRA, ``lora_bias``, batches of mixed
-    adapters, hooks on the 4-bit layer) is composed by peft from the output of the 4-bit
-    layer.
+    adapters, hooks on the 4-bit layer or on A or B) is composed by peft from the output
+    of the 4-bit layer.
 
     ``merge`` adds the active adapters to the dequantized weight, in float32, and rounds
     the sum once to the type of the weight that was quantized. The dense result stands
@@ -188,7 +188,8 @@ class LoraLinear4bit(LoraLinear):
             assert isinstance(update, Tensor)
             update = update * self.scaling[name]
             bias = (bias + update).to(bias.dtype)
-        return bias
+        # As a Parameter it would become one of this layer, and no buffer.
+        return None if bias is None else bias.detach()
 
     def _single_adapter(self) -> str | None:
         """Name of the adapter, if it is one and the product needs nothing else."""
@@ -199,10 +200,9 @@ class LoraLinear4bit(LoraLinear):
             or names[0] in self.lora_variant
             or self.lora_bias[names[0]]
             or type(base) is not Linear4bit
-            # accelerate and profilers put these there to be called.
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or "_hf_hook" in base.__dict__
+            or _has_hooks(base)
+            or _has_hooks(self.lora_A[names[0]])
+            or _has_hooks(self.lora_B[names[0]])
         ):
             return None
         return names[0]
@@ -222,6 +222,17 @@ class LoraLinear4bit(LoraLinear):
         )
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether accelerate, a profiler or a user waits for the module to be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in module.__dict__
+    )
+
+
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """An ordinary, frozen layer around tensors that exist already."""
     out_features, in_features = weight.shape
@@ -233,11 +244,13 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def check_finite(model: nn.Module, adapter_names: list[str] | None = None) -> None:
-    """Refuse adapters that hold NaN or infinity, before anything is merged.
+def check_adapters(model: nn.Module, adapter_names: list[str] | None = None) -> None:
+    """Refuse adapters that cannot be merged, before the first of their layers is.
 
     Raises:
-        ValueError: If one of the adapters, by default the active ones, does.
+        ValueError: If one of the adapters, by default the active ones, holds NaN or
+            infinity.
+        RuntimeError: If it has a bias where the layer has none.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLinear4bit):
@@ -254,3 +267,4 @@ def check_finite(model: nn.Module, adapter_names: list[str] | None = None) -> No
                     f"adapter {adapter} has NaN or infinity at layer {name}: nothing "
                     "was merged; go back to an earlier checkpoint"
                 )
+            layer.dense_bias([adapter])

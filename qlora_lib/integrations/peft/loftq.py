@@ -14,6 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qlora_lib.integrations.peft.layer import LoraLinear4bit
+from qlora_lib.integrations.peft.merging import check_is_peft_model
+from qlora_lib.kernels.ops import dequantize
 from qlora_lib.nn import Linear4bit, loftq_split
 
 INDEX = "model.safetensors.index.json"
@@ -43,12 +45,14 @@ def loftq_init(
         iterations: How often weight and adapter are found in turn; the paper uses 5.
 
     Raises:
+        TypeError: If ``model`` is no PeftModel.
         FileNotFoundError: If the folder has no safetensors checkpoint.
         ValueError: If a weight is missing, has another shape or cannot be the one that
             was quantized, a rank exceeds the smaller dimension of a weight,
-            ``iterations`` is below 1, or there is not one active adapter. Nothing is
-            changed then.
+            its scaling is not above 0, ``iterations`` is below 1, there is not one
+            active adapter, or no 4-bit layer has it. Nothing is changed then.
     """
+    check_is_peft_model(model)
     if not isinstance(weights, Mapping):
         weights = _Checkpoint(Path(weights))
     if len(model.active_adapters) != 1:
@@ -62,6 +66,11 @@ def loftq_init(
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLinear4bit) and adapter in layer.lora_A
     }
+    if not layers:
+        raise ValueError(
+            f"model has no 4-bit layer with adapter {adapter}: load it in 4 bits, and "
+            "make an adapter with target_modules='all-linear'"
+        )
     for name, layer in layers.items():
         _check_weight(name, layer, adapter, weights)
     for name, layer in layers.items():
@@ -145,3 +154,11 @@ def _initialize(
     if iterations > 1:
         q = dataclasses.replace(q, dtype=base.weight_dtype)
         layer.base_layer = Linear4bit(q, base.bias)
+    if adapter in layer.lora_variant:
+        # DoRA's magnitude is the norm of what it begins with, as peft sets it.
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+        assert isinstance(magnitude, Tensor)
+        start = torch.addmm(
+            dequantize(q, torch.float32), new_b, new_a, alpha=layer.scaling[adapter]
+        )
+        magnitude.copy_(start.norm(dim=1).view_as(magnitude))

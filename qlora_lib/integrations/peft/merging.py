@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lib.integrations.peft.layer import (
     LoraLinear4bit,
-    check_finite,
+    check_adapters,
     dense_linear,
 )
 from qlora_lib.kernels.ops import dequantize, quantize
@@ -69,8 +69,9 @@ def merge_dequantized(model: PeftModel) -> nn.Module:
     Raises:
         TypeError: If ``model`` is no PeftModel.
         ValueError: If an adapter holds NaN or infinity; nothing is merged then.
+        RuntimeError: If an adapter has a bias and a layer has none; likewise.
     """
-    _check_is_peft_model(model)
+    check_is_peft_model(model)
     merged: nn.Module = model.merge_and_unload(safe_merge=True)
     return merged
 
@@ -93,10 +94,11 @@ def merge_into_4bit(model: PeftModel) -> MergeReport:
         TypeError: If ``model`` is no PeftModel.
         ValueError: If an adapter holds NaN or infinity, or no 4-bit layer has an
             adapter; nothing is merged then.
+        RuntimeError: If an adapter has a bias and a layer has none; likewise.
     """
-    _check_is_peft_model(model)
+    check_is_peft_model(model)
     base = model.get_base_model()
-    check_finite(base)
+    check_adapters(base)
     targets = {
         name: (layer, _adapters_to_merge(layer))
         for name, layer in base.named_modules()
@@ -113,6 +115,10 @@ def merge_into_4bit(model: PeftModel) -> MergeReport:
         base.set_submodule(name, merged)
         errors[name] = _merge_error(square)
         squares += square
+    # Inactive adapters are dropped: beside them peft's merge would leave no codes.
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLinear4bit):
+            base.set_submodule(name, module.quantized_layer)
     # What is left are adapters of other layers, and modules that were trained whole.
     merged_model = model.merge_and_unload(safe_merge=True)
     return MergeReport(merged_model, errors, _merge_error(squares))
@@ -134,7 +140,8 @@ def make_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_is_peft_model(model: PeftModel) -> None:
+def check_is_peft_model(model: PeftModel) -> None:
+    """Raise TypeError for anything else, such as a model without adapters."""
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"model must be a PeftModel, got {type(model).__name__}: load the adapter "

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from qlora_lib.integrations.peft.layer import LoraLinear4bit, check_finite
+from qlora_lib.integrations.peft.layer import LoraLinear4bit, check_adapters
 from qlora_lib.integrations.peft.merging import make_dense
 from qlora_lib.nn import Linear4bit
 
@@ -44,7 +44,7 @@ def register() -> None:
         layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
         if safe_merge:
             # peft checks layer by layer, when others are merged already.
-            check_finite(self.model, adapter_names)
+            check_adapters(self.model, adapter_names)
         model = merge(self, progressbar, safe_merge, adapter_names)
         return make_dense(model) if layers else model
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lib.integrations.bitsandbytes import CODEBOOKS, to_state_dict
 from qlora_lib.integrations.transformers.config import QLoRAConfig
@@ -100,7 +101,7 @@ def _their_config(
     dense = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, Linear4bit)
     ]
     return {
         "_load_in_4bit": True,
