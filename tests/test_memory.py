@@ -19,11 +19,12 @@ from transformers import (
 import qlora_lib.integrations.peft  # noqa: F401 - tells peft about Linear4bit
 from qlora_lib import FP4, NF4, TOY
 from qlora_lib.integrations.transformers import enable_gradient_checkpointing
+from qlora_lib.integrations.transformers.layers import linear_layers
 from qlora_lib.memory import estimate, estimate_memory, llama_config
 from qlora_lib.memory.estimate import CUBLAS_WORKSPACES, GIB, OPTIMIZERS
 from qlora_lib.memory.planned_model import planned_model
 from qlora_lib.memory.rehearsal import rehearse
-from qlora_lib.nn import quantize_linears
+from qlora_lib.nn import Linear4bit, quantize_linears
 
 PLAN = {
     "weights": "4bit",
@@ -367,7 +368,11 @@ def test_nothing_is_suggested_where_the_weights_alone_are_too_large(monkeypatch)
         ({"codebook": "nf4"}, TypeError, "codebook must be a Codebook.* got 'nf4'"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
         ({"block_size": 6.4}, TypeError, "block_size must be an integer .* got 6.4"),
-        ({"config_or_model": GPT2Config(n_layer=1)}, ValueError, "no linear layer"),
+        (
+            {"config_or_model": LlamaConfig(num_hidden_layers=0)},
+            ValueError,
+            "no linear",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
@@ -429,3 +434,14 @@ def test_peak_is_that_of_the_gpu(sequence_length, checkpointing):
         adam.zero_grad()
         del loss
     assert found.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05)
+
+
+def test_layers_are_those_that_the_loader_quantizes():
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=128)
+    planned = planned_model(config, **PLAN)
+    with torch.device("meta"):
+        names = linear_layers(AutoModelForCausalLM.from_config(config), ())
+    found = {n for n, m in planned.named_modules() if isinstance(m, Linear4bit)}
+    assert len(found) == len(names) == 2 * 4
+    # Two codes a byte: attention and projection, up and down.
+    assert estimate_memory(config).largest.weights == 2 * 64 * 64 * (3 + 1 + 4 + 4) // 2

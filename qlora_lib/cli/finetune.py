@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -222,6 +223,7 @@ def finetune(
                 progress=bar,
                 callbacks=[] if bar else log_lines(),
             )
+            _check_losses(losses)
             _save_adapter(adapted, out)
         except (KeyboardInterrupt, OSError, RuntimeError, SafetensorError) as error:
             error.add_note(_how_to_resume(out, ctx))
@@ -241,6 +243,15 @@ def finetune(
     if pairs[0].cue == ANSWER_CUE:
         words.append("--instruction")
     show_result(result, as_json, text, f"Ask it: {shlex.join(words)} --prompt TEXT")
+
+
+def _check_losses(losses: list[float]) -> None:
+    for step, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            raise CommandError(
+                f"the loss of step {step} is {loss}: no adapter was saved. Start again "
+                "with a smaller --learning-rate, in another OUT"
+            )
 
 
 def _check_out(out: Path, resume: bool) -> None:

@@ -154,7 +154,7 @@ def load_model(
         raise ValueError(f"model={model!r} is quantized already: load it without dense")
     options: dict[str, Any] = {"trust_remote_code": False}
     options["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    load: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_pretrained
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     if dense:
         options["dtype"] = "auto"
     else:
@@ -165,7 +165,16 @@ def load_model(
         elif _is_bitsandbytes(saved):
             load = load_bitsandbytes
     with _explained(model):
-        return load(model, **options)
+        if not dense:
+            return load(model, **options)
+        loaded, info = load(model, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(
+            f"model={model!r} lacks weights, for example {missing}: copy it again, it "
+            "may be cut short"
+        )
+    return loaded
 
 
 def _saved_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -41,9 +41,16 @@ def whole_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         NotADirectoryError: If ``path`` is a file.
         FileExistsError: If ``path`` is a folder that is not empty, and ``replace`` is
             False.
+        ValueError: If ``path`` is the current folder or a mount point, which a rename
+            cannot replace.
     """
     path = Path(path).resolve()  # replace what a link points to, not the link
     partial, old = (path.with_name(f".{path.name}.{s}") for s in ("partial", "old"))
+    if path == Path.cwd() or os.path.ismount(path):
+        raise ValueError(
+            f"path={str(path)!r} is the current folder or a mounted one, which cannot "
+            "be replaced: name a folder in it"
+        )
     _recover(path, old)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"path={str(path)!r} is a file: name a folder")

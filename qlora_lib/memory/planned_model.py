@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from qlora_lib.nn import Linear4bit
-from qlora_lib.numerics import Codebook, QuantizedTensor
-from qlora_lib.numerics.packing import packed_size
-from qlora_lib.numerics.quantized_tensor import SCALE_BLOCK_SIZE, SCALE_CODEBOOK
+from qlora_lib.numerics import Codebook
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -110,61 +108,31 @@ def _quantize(
     double_quant: bool,
 ) -> None:
     """Replace the linear layers, or those that are replaced in ``given`` already."""
+    from qlora_lib.integrations.transformers.layers import (
+        empty_weight,
+        linear_layers,
+        replace_layer,
+    )
+
     layers = dict(given.named_modules()) if given is not None else {}
     in_4_bits = {name for name, m in layers.items() if isinstance(m, Linear4bit)}
-    output_layer = model.get_output_embeddings()
-    replaced = False
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is output_layer:
-            continue
-        if in_4_bits and name not in in_4_bits:
-            continue
+    names = [
+        name for name in linear_layers(model, ()) if not in_4_bits or name in in_4_bits
+    ]
+    for name in names:
         layer = layers.get(name)
         if isinstance(layer, Linear4bit):
             weight = layer.quantized_weight.to("meta")
         else:
-            weight = _without_numbers(
-                module.weight.shape, codebook, block_size, double_quant
+            weight = empty_weight(
+                model.get_submodule(name), codebook, block_size, double_quant, DTYPE
             )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Linear4bit(weight, module.bias))
-        replaced = True
-    if not replaced:
+        replace_layer(model, name, weight)
+    if not names:
         raise ValueError(
             f"config_or_model is a {type(model).__name__}, which has no linear layer "
             "to quantize: pass a causal language model with linear layers"
         )
-
-
-def _without_numbers(
-    shape: torch.Size, codebook: Codebook, block_size: int | None, double_quant: bool
-) -> QuantizedTensor:
-    """What ``quantize`` returns for a matrix of that shape, on the meta device."""
-    count = shape.numel()
-    blocks = -(-count // (block_size or count))
-    scales: torch.Tensor | QuantizedTensor
-    scales = torch.empty(blocks, dtype=torch.float32, device="meta")
-    if double_quant:
-        nested_blocks = -(-blocks // SCALE_BLOCK_SIZE)
-        scales = QuantizedTensor(
-            packed=torch.empty(blocks, dtype=torch.uint8, device="meta"),
-            scales=torch.empty(nested_blocks, dtype=torch.float32, device="meta"),
-            codebook=SCALE_CODEBOOK,
-            block_size=SCALE_BLOCK_SIZE,
-            shape=torch.Size((blocks,)),
-            dtype=torch.float32,
-            offset=torch.empty((), dtype=torch.float32, device="meta"),
-        )
-    return QuantizedTensor(
-        packed=torch.empty(
-            packed_size(count, codebook.bits), dtype=torch.uint8, device="meta"
-        ),
-        scales=scales,
-        codebook=codebook,
-        block_size=block_size,
-        shape=shape,
-        dtype=DTYPE,
-    )
 
 
 def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:

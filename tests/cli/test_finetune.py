@@ -432,3 +432,14 @@ def test_layers_are_compiled_on_demand(
         out = tmp_path / str(number)
         qlora("finetune", base, pairs, out, *short_run, *words)
         assert asked["compile_layers"] is compiled
+
+
+def test_a_run_that_diverges_is_no_success(qlora, base, pairs, short_run, tmp_path):
+    out = tmp_path / "out"
+    result = qlora(
+        "finetune", base, pairs, out, *short_run, "--learning-rate", "1e30", "--json"
+    )
+    assert result.exit_code == 1
+    message = json.loads(result.stdout)["error"]["message"]
+    assert "the loss of step" in message and "smaller --learning-rate" in message
+    assert not (out / WEIGHTS).exists()

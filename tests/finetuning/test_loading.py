@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig
 
 from chapters import ROOT
@@ -166,3 +167,14 @@ def test_a_quantized_model_is_not_dense(tmp_path):
     quantized_by(quant_method="qlora_lib", format_version=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="without dense"):
         load_model(str(tmp_path), dense=True)
+
+
+def test_a_16_bit_checkpoint_that_lacks_a_weight_is_not_filled_up(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BASE, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if "down_proj" in name)
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights, for example {lost}"):
+        load_model(str(folder), device="cpu", dense=True)

@@ -142,3 +142,14 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, at_rename: int) -> None:
     assert content(path) == {"a": "old", "inner/b": "old"}
     fill(path, "newer", replace=True)
     assert content(tmp_path) == {"adapter/a": "newer", "adapter/inner/b": "newer"}
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").touch()
+    with (
+        pytest.raises(ValueError, match="is the current folder or a mounted one"),
+        whole_folder(".", replace=True) as folder,
+    ):
+        (folder / "new").touch()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]

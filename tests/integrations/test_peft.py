@@ -622,6 +622,19 @@ class TestMerge:
         assert state.keys() == after.keys()
         assert all(torch.equal(state[key], after[key]) for key in state)
 
+    def test_a_merged_layer_that_is_given_no_adapter_names(self):
+        model = make_adapted()
+        model.merge_adapter()
+        layer = next(m for m in model.modules() if isinstance(m, LoraLinear4bit))
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(layer(x, adapter_names=None), layer(x))
+
+    def test_loftq_of_a_merged_adapter_is_refused(self):
+        model = make_adapted()
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="is merged .*unmerge_adapter"):
+            loftq_init(model, make_dense().state_dict())
+
     def test_disabling_unmerges(self):
         model = make_adapted()
         before = logits(model)

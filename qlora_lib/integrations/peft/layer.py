@@ -92,7 +92,8 @@ class LoraLinear4bit(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``, of the type of ``x``."""
         # With adapter_names or other arguments peft decides what to do.
-        if not (args or kwargs or self.disable_adapters):
+        given = args or any(value is not None for value in kwargs.values())
+        if not (given or self.disable_adapters):
             if self.merged_weight is not None:
                 weight, bias = self.merged_weight, self.merged_bias
                 return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

@@ -50,7 +50,8 @@ def loftq_init(
         ValueError: If a weight is missing, has another shape or cannot be the one that
             was quantized, a rank exceeds the smaller dimension of a weight,
             its scaling is not above 0, ``iterations`` is below 1, there is not one
-            active adapter, or no 4-bit layer has it. Nothing is changed then.
+            active adapter, no 4-bit layer has it, or it is merged. Nothing is changed
+            then.
     """
     check_is_peft_model(model)
     if not isinstance(weights, Mapping):
@@ -70,6 +71,10 @@ def loftq_init(
         raise ValueError(
             f"model has no 4-bit layer with adapter {adapter}: load it in 4 bits, and "
             "make an adapter with target_modules='all-linear'"
+        )
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(
+            f"adapter {adapter} is merged into the weights: call unmerge_adapter first"
         )
     for name, layer in layers.items():
         _check_weight(name, layer, adapter, weights)

@@ -65,7 +65,14 @@ def load_bitsandbytes(
             missing or damaged, or its layers are not all quantized in the same way.
     """
     source = {key: kwargs[key] for key in SOURCE_ARGUMENTS if key in kwargs}
-    config = AutoConfig.from_pretrained(folder_or_id, **source)
+    try:
+        config = AutoConfig.from_pretrained(folder_or_id, **source)
+    except OSError as error:
+        error.add_note(
+            f"folder_or_id={str(folder_or_id)!r} was not found: without a connection "
+            "to the hub pass the folder of a checkpoint on this machine"
+        )
+        raise
     theirs = getattr(config, "quantization_config", None) or {}
     if theirs.get("quant_method") != "bitsandbytes" or not theirs.get("load_in_4bit"):
         method = theirs.get("quant_method") or "no quantization"
