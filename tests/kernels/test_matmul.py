@@ -569,7 +569,6 @@ class TestLaunch:
                 return self.kernel[grid]
 
         launches = []
-        monkeypatch.setattr(torch.cuda, "device_of", Entered)
         force_slices(monkeypatch, 2)
         modules = (
             adding,
@@ -579,6 +578,7 @@ class TestLaunch:
             matmul_gradient,
         )
         for module in modules:
+            monkeypatch.setattr(module, "on_device_of", Entered)
             for name in vars(module).copy():
                 if name.endswith("_kernel"):
                     monkeypatch.setattr(module, name, Spy(getattr(module, name)))
