@@ -22,17 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig
 
-import qlora_lib.integrations.peft  # noqa: F401 - tells peft about Linear4bit
-from qlora_lib.integrations.transformers import enable_gradient_checkpointing
 from qlora_lib.memory import estimate_memory, llama_config
-from random_llama import linear4bit, random_llama
+from random_llama import RANK, linear4bit, random_llama, with_adapters
 from record import RESULTS, provenance, write_record
 
-RANK = 64
 STEPS = 3
 MAX_NORM = 0.3  # the paper's recipe
 LEARNING_RATE = 2e-4
@@ -216,15 +212,6 @@ def measure(run: Run, device: str, estimate: dict[str, Any]) -> dict[str, Any]:
         peak = result["measured"]["peak_allocated"]
         result["estimate_error"] = round(estimate["peak"] / peak - 1, 4)
     return result
-
-
-def with_adapters(model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-    torch.manual_seed(0)
-    lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, lora)
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(adapted)
-    return adapted.train()
 
 
 def make_optimizer(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

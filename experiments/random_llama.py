@@ -8,13 +8,17 @@ and without ever existing in 16 bits.
 from collections.abc import Callable
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import qlora_lib.integrations.peft  # noqa: F401 - tells peft about Linear4bit
 from qlora_lib import NF4, Linear4bit, quantize
+from qlora_lib.integrations.transformers import enable_gradient_checkpointing
 
 WEIGHT_STD = 0.02
+RANK, ALPHA = 64, 16  # the paper's
 DTYPE = torch.bfloat16
 
 MakeLayer = Callable[[Tensor], nn.Module]
@@ -61,6 +65,20 @@ def random_llama(
 def linear4bit(weight: Tensor) -> Linear4bit:
     """This library's layer, as the paper configures it."""
     return Linear4bit(quantize(weight, NF4, block_size=64, double_quant=True))
+
+
+def with_adapters(
+    model: PreTrainedModel, gradient_checkpointing: bool = True
+) -> nn.Module:
+    """The model with the paper's adapters on all linear layers, ready to be trained."""
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, lora)
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(adapted)
+    return adapted.train()
 
 
 def random_matrix(shape: torch.Size, device: str) -> Tensor:

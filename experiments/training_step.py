@@ -21,22 +21,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
-import qlora_lib.integrations.peft  # noqa: F401 - tells peft about Linear4bit
-from qlora_lib.integrations.transformers import (
-    compile_decoder_layers,
-    enable_gradient_checkpointing,
-)
+from qlora_lib.integrations.transformers import compile_decoder_layers
 from qlora_lib.memory import llama_config
-from random_llama import linear4bit, random_llama
+from random_llama import RANK, linear4bit, random_llama, with_adapters
 from record import provenance, write_record
 from timing import event_seconds
 
-RANK = 64
-ALPHA = 16
 LEARNING_RATE = 2e-4
 WARM_UP_STEPS = 3
 TIMED_STEPS = 10
@@ -161,16 +154,6 @@ def make_bitsandbytes(config: LlamaConfig, device: str) -> PreTrainedModel:
     model = random_llama(config, device, layer)
     model.is_loaded_in_4bit = True  # by which peft knows to add its own 4-bit layers
     return model
-
-
-def with_adapters(model: PreTrainedModel) -> nn.Module:
-    torch.manual_seed(0)
-    lora = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, lora)
-    enable_gradient_checkpointing(adapted)
-    return adapted.train()
 
 
 def adamw(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
