@@ -97,9 +97,10 @@ def train_base(
         "training_pairs": len(train),
         "held_out_pairs": len(held_out),
     }
+    shown = held_out[:: max(1, len(held_out) // SAMPLES)][:SAMPLES]
     samples = [
         {"module": pair.module, "name": pair.name, "author": pair.summary}
-        for pair in held_out[:: max(1, len(held_out) // SAMPLES)][:SAMPLES]
+        for pair in shown
     ]
     for bits, config in (("16bit", None), ("4bit", QLoRAConfig())):
         model = load(model_folder, config)
@@ -108,7 +109,7 @@ def train_base(
             model, rank=BASE["rank"], alpha=BASE["alpha"], dropout=BASE["dropout"]
         )
         if bits == "4bit":
-            answer(adapted, tokenizer, held_out, samples, "before")
+            answer(adapted, tokenizer, shown, samples, "before")
         watcher = HeldOutLoss(
             lambda m: answer_losses(m, tokenizer, held_out_examples, 64), every
         )
@@ -134,7 +135,7 @@ def train_base(
         }
         print(bits, best, len(losses), flush=True)
         if bits == "4bit":
-            answer(adapted, tokenizer, held_out, samples, "after")
+            answer(adapted, tokenizer, shown, samples, "after")
     return {**result, "samples": samples}
 
 
@@ -246,11 +247,9 @@ def answer(
     samples: list[dict[str, str]],
     when: str,
 ) -> None:
-    """Put what the model answers for each sample into it, as ``when``."""
-    by_name = {(pair.module, pair.name): pair for pair in pairs}
-    for sample in samples:
-        source = by_name[sample["module"], sample["name"]].source
-        sample[when] = generate_docstring(model, tokenizer, source)
+    """Put what the model answers for each pair into its sample, as ``when``."""
+    for pair, sample in zip(pairs, samples, strict=True):
+        sample[when] = generate_docstring(model, tokenizer, pair.source)
 
 
 if __name__ == "__main__":

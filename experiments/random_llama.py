@@ -8,13 +8,13 @@ and without ever existing in 16 bits.
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import qlora_lib.integrations.peft  # noqa: F401 - tells peft about Linear4bit
 from qlora_lib import NF4, Linear4bit, quantize
+from qlora_lib.finetuning.training import add_adapters
 from qlora_lib.integrations.transformers import enable_gradient_checkpointing
 
 WEIGHT_STD = 0.02
@@ -72,10 +72,7 @@ def with_adapters(
 ) -> nn.Module:
     """The model with the paper's adapters on all linear layers, ready to be trained."""
     torch.manual_seed(0)
-    lora = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, lora)
+    adapted = add_adapters(model, RANK, ALPHA, dropout=0.0)
     if gradient_checkpointing:
         enable_gradient_checkpointing(adapted)
     return adapted.train()

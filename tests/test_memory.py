@@ -234,9 +234,11 @@ def test_state_of_torch_optimizers_is_what_they_hold(optimizer):
         ("paged_adamw_32bit", "PagedAdamW32bit"),
     ],
 )
+# What is asked here is the size of its state, which is the same on a CPU.
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_state_of_bitsandbytes_is_what_it_holds(name, kind, count):
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     parameter = nn.Parameter(torch.zeros(count))
     parameter.grad = torch.ones_like(parameter)
     adam = getattr(bnb.optim, kind)([parameter])

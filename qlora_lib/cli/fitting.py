@@ -9,6 +9,7 @@ import torch
 from qlora_lib.cli.output import say
 from qlora_lib.cli.status import DOES_NOT_FIT, CommandError
 from qlora_lib.memory import MemoryEstimate, estimate_memory
+from qlora_lib.memory.parts import GIB
 from qlora_lib.numerics import codebook_by_name
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from qlora_lib.integrations.transformers import QLoRAConfig
 
-GIB = 2**30
-# What an estimate calls the torch.optim.AdamW that finetune takes.
+# The torch.optim.AdamW of finetune, in the form that needs most: on a GPU it takes the
+# fused one, which has no temporaries.
 OPTIMIZER = "adamw_torch"
 
 
@@ -38,7 +39,7 @@ def free_memory(device: str | None) -> float | None:
     """Return what is free on the GPU of a run, in GiB; None if it has none."""
     if not torch.cuda.is_available() or torch.device(device or "cuda").type != "cuda":
         return None
-    return torch.cuda.mem_get_info(device)[0] / 2**30
+    return torch.cuda.mem_get_info(device)[0] / GIB
 
 
 def check_memory(

@@ -20,6 +20,7 @@ from qlora_lib.cli.options import (
 )
 from qlora_lib.cli.output import show_result, working
 from qlora_lib.cli.status import DOES_NOT_FIT
+from qlora_lib.memory.parts import GIB
 from qlora_lib.memory.planned_model import LLAMA_SHAPES
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _memory_here() -> float | None:
 
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.mem_get_info()[1] / 2**30
+    return torch.cuda.mem_get_info()[1] / GIB
 
 
 def _estimate(model: str, asked: dict[str, Any], run: dict[str, Any]) -> MemoryEstimate:
@@ -150,14 +151,12 @@ def _table(model: str, found: MemoryEstimate) -> Table:
     table.add_column("GiB", justify="right")
     for name, size in dataclasses.asdict(found.at_peak).items():
         if size:
-            table.add_row(name.replace("_", " "), f"{size / 2**30:.3f}")
+            table.add_row(name.replace("_", " "), f"{size / GIB:.3f}")
     table.add_section()
-    table.add_row("in use at the peak", f"{found.peak / 2**30:.3f}")
-    table.add_row("on the card, with an allowance", f"{found.on_card / 2**30:.3f}")
+    table.add_row("in use at the peak", f"{found.peak / GIB:.3f}")
+    table.add_row("on the card, with an allowance", f"{found.on_card / GIB:.3f}")
     if found.paged_state:
-        table.add_row(
-            "paged, on the host if need be", f"{found.paged_state / 2**30:.3f}"
-        )
+        table.add_row("paged, on the host if need be", f"{found.paged_state / GIB:.3f}")
     return table
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_lib.finetuning.data import encode_prompt, padding_token
 from qlora_lib.finetuning.docstrings import INSTRUCTION
-from qlora_lib.finetuning.training import evaluating
+from qlora_lib.finetuning.modes import evaluating
 
 # Models of the hub bring settings of their own, such as a penalty for repetitions, and
 # what is not given here is taken from those.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lib.finetuning.data import IGNORED_LABEL, Example
+from qlora_lib.finetuning.modes import evaluating
 
 SEPARATING_ATTENTION = ("eager", "sdpa", "flex_attention")
 """Implementations that keep the pairs of a row apart in a batch of several rows."""
@@ -107,16 +108,15 @@ def _keeps_apart(model: PreTrainedModel | PeftModel) -> bool:
         return embedded[-1]
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
-    was_training = model.training
-    model.eval()
+    ids = torch.arange(1, 7, device=model.device)[None]
+    positions = torch.arange(3, device=model.device).repeat(2)[None]
     try:
-        ids = torch.arange(1, 7, device=model.device)[None]
-        positions = torch.arange(3, device=model.device).repeat(2)[None]
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        (gradient,) = torch.autograd.grad(logits[:, 3:].float().sum(), embedded[0])
+        with evaluating(model):
+            outputs = model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         hook.remove()
-        model.train(was_training)
+    second = outputs.logits[:, 3:].float().sum()
+    (gradient,) = torch.autograd.grad(second, embedded[0])
     return not gradient[:, :3].any()
 
 

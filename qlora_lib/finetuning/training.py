@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from qlora_lib.finetuning.data import (
     collate,
     padding_token,
 )
+from qlora_lib.finetuning.modes import as_before, evaluating
 from qlora_lib.finetuning.packing import check_packing
 from qlora_lib.integrations.transformers import (
     compile_decoder_layers,
@@ -211,7 +211,7 @@ def finetune(
         load_adapter_exactly(model, checkpoint)  # the Trainer would take a step more
         return losses
 
-    with tempfile.TemporaryDirectory() as unused_folder, _as_before(model):
+    with tempfile.TemporaryDirectory() as unused_folder, as_before(model):
         if gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if compile_layers:
@@ -312,17 +312,6 @@ def answer_losses(
     return torch.cat(losses).cpu()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and restore the training mode afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 class _LossBar(ProgressCallback):
     """The Trainer's progress bar with the loss in it, not on a line for each step."""
 
@@ -413,22 +402,3 @@ def _describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         "checksum of the base model": fingerprint_base(model),
         **{f"adapter's {name}": getattr(config, name, None) for name in options},
     }
-
-
-@contextmanager
-def _as_before(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    # The Trainer leaves the model in training mode and without a cache, which would
-    # make the generations after it random and slow.
-    was_training, used_cache = model.training, model.config.use_cache
-    checkpointed = {m: m.gradient_checkpointing for m in _checkpointable(model)}
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        model.config.use_cache = used_cache
-        for module, was_checkpointed in checkpointed.items():
-            module.gradient_checkpointing = was_checkpointed
-
-
-def _checkpointable(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]

@@ -14,7 +14,6 @@ the backward pass where there is one. They take the tensors of a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +95,7 @@ dequantize_blocks = _define(
 
 def _matmul(input: Tensor, *arguments: Any) -> Tensor:
     *parts, out_features, bias = arguments
-    rows = dispatch.multiply(_rows(input), Storage(*parts), out_features, bias)
+    rows = dispatch.multiply(as_rows(input), Storage(*parts), out_features, bias)
     return rows.view(*input.shape[:-1], out_features)
 
 
@@ -115,7 +114,7 @@ matmul = _define(
 
 def _matmul_input_gradient(grad_output: Tensor, *arguments: Any) -> Tensor:
     *parts, in_features = arguments
-    rows = _rows(grad_output)
+    rows = as_rows(grad_output)
     grad_rows = dispatch.multiply_gradient(rows, Storage(*parts), in_features)
     return grad_rows.view(*grad_output.shape[:-1], in_features)
 
@@ -151,6 +150,11 @@ def multiply_gradient(grad_rows: Tensor, storage: Storage, k: int) -> Tensor:
         grad_input: Tensor = matmul_input_gradient(grad_rows, *storage, k)
         return grad_input
     return dispatch.multiply_gradient(grad_rows, storage, k)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``[..., k]`` to ``[m, k]``; reshape(-1, k) could not tell m if k is 0."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _is_observed(rows: Tensor) -> bool:
@@ -207,11 +211,6 @@ torch.library.register_autograd(
     _differentiate_input_gradient,
     setup_context=_save_for_input_gradient,
 )
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """``[..., k]`` to ``[m, k]``; reshape(-1, k) could not tell m if k is 0."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 @functools.lru_cache

@@ -14,6 +14,7 @@ from torch import nn
 
 from qlora_lib.memory.parts import (
     BEYOND_ALLOCATOR,
+    GIB,
     Change,
     MemoryEstimate,
     MemoryParts,
@@ -27,7 +28,6 @@ from qlora_lib.numerics.quantized_tensor import check_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-GIB = 2**30
 # cuBLAS has a workspace of this size for each thread that multiplies, that of the
 # forward and that of the backward pass, from torch's allocator: on an H100 and its
 # successors (ATen/cuda/CublasHandlePool.cpp); GPUs before have smaller ones.

@@ -6,13 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+GIB = 2**30
+
 # Arguments of estimate_memory, and what to pass for them instead.
 Change = dict[str, Any]
 
 # What a card holds beyond the bytes in use: the CUDA context, the code of the
 # libraries, and cached memory in pieces too small for the next tensor. An allowance;
 # experiments/memory.py measures it.
-BEYOND_ALLOCATOR = 3 * 2**30 // 2
+BEYOND_ALLOCATOR = 3 * GIB // 2
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class _LoraLinear(torch.autograd.Function):
         out_features: int,
         storage: Storage,
     ) -> Tensor:
-        rows = _rows(input)
+        rows = operators.as_rows(input)
         mask = _mask(rows.shape, rows.device, dropout, seed) if dropout else None
         hidden = _product(_drop(rows, mask), lora_a.to(input.dtype).t(), scale)
         output = operators.multiply(rows, storage, out_features, bias)
@@ -154,7 +154,7 @@ class _LoraLinear(torch.autograd.Function):
                 "backward pass, whose gradients would be wrong: call backward first"
             )
         needs_input, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:4]
-        grad = _rows(grad_output)
+        grad = operators.as_rows(grad_output)
         a, b = lora_a.to(ctx.dtype), lora_b.to(ctx.dtype)
         grad_input = grad_a = grad_b = grad_bias = None
 
@@ -164,7 +164,7 @@ class _LoraLinear(torch.autograd.Function):
             mask = _mask(shape, grad.device, ctx.dropout, ctx.seed)
         grad_hidden = _product(grad, b, ctx.scale)
         if needs_a or needs_b:
-            seen = _drop(_rows(input), mask)
+            seen = _drop(operators.as_rows(input), mask)
             if torch.is_grad_enabled():
                 # A second derivative has to see how this came from input and A.
                 hidden = _product(seen, a.t(), ctx.scale)
@@ -229,11 +229,6 @@ def _sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         # Not rounded on its way from the float32 sum to a float32 gradient.
         return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
     return _product(left.t(), right).to(dtype)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """``[..., k]`` to ``[m, k]``; reshape(-1, k) could not tell m if k is 0."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _check_adapter(

@@ -16,7 +16,6 @@ CONFIG = LlamaConfig(
 )
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("stack", training_step.STACKS)
 def test_a_stack_trains_the_adapters_of_every_linear_layer(stack):
     model = training_step.with_adapters(training_step.STACKS[stack](CONFIG, "cpu"))

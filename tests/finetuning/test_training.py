@@ -134,7 +134,12 @@ def test_callbacks_see_every_step(adapted_model, byte_tokenizer, examples):
     assert seen == [(1, adapted_model), (2, adapted_model)]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+# PyTorch scripts methods of its own when its compiler is first imported.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
+# The compiler instantiates what PyTorch says not to instantiate.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_layers_learn_the_same(tiny_model, byte_tokenizer, examples):
     torch._dynamo.reset()
     runs = []

@@ -696,6 +696,7 @@ class TestMerge:
         with pytest.raises(RuntimeError, match="has a bias, which cannot be merged"):
             model.merge_adapter()
 
+    # As above.
     @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
     @pytest.mark.parametrize("merge", [merge_dequantized, merge_into_4bit])
     def test_a_bias_that_fits_some_layers_only_changes_nothing(self, merge):

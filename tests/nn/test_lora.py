@@ -341,6 +341,7 @@ def test_forward_mode_and_transforms():
 )
 # The compiler instantiates what PyTorch says not to instantiate.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# On a GPU it advises to round to 19 bits, which the comparison would not survive.
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
@@ -361,6 +362,7 @@ def test_compiled_numbers_are_the_same(backend, device):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-3)
 
 
+# As above: only the first of these two tests imports the compiler.
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )
