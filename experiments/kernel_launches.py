@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from qlora_lib.kernels import (
+    adamw,
     adding,
     arranging,
     dequantize,
@@ -24,6 +25,7 @@ from qlora_lib.kernels import (
     tiles,
 )
 from qlora_lib.kernels.matmul_few_rows import ARRANGED_ROWS
+from qlora_lib.kernels.parameter_table import PROGRAM, ParameterTable
 from qlora_lib.kernels.storage import Storage
 from qlora_lib.kernels.tiles import Tiling
 
@@ -31,7 +33,9 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.uint8: "u8",
 }
 # Of the weights that the compiled matmuls multiply, unless an entry says otherwise.
@@ -133,16 +137,17 @@ class Launches:
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         not_divisible = set()
-        for argument, value in zip(kernel.arg_names, self.arguments, strict=False):
+        for parameter, value in zip(kernel.params, self.arguments, strict=False):
+            argument, general = parameter.name, parameter.do_not_specialize
             if isinstance(value, torch.Tensor):
                 signature[argument] = f"*{TYPES[value.dtype]}"
-                if value.data_ptr() % 16:
+                if value.data_ptr() % 16 or general:
                     not_divisible.add(argument)
-            elif value is None or value == 1:
+            elif value is None or (value == 1 and not general):
                 constants[argument] = value
             else:
                 signature[argument] = "i32"
-                if value % 16:
+                if value % 16 or general:
                     not_divisible.add(argument)
         options = dict(self.options)
         for argument in kernel.arg_names[len(self.arguments) :]:
@@ -265,6 +270,24 @@ def add_entry(slices: int) -> Entry:
     return launch.entry(name, adding.add_kernel, adding.NUMBERS_PER_PROGRAM, False)
 
 
+def adamw_entry(dtype: torch.dtype, state_bits: int, aligned: bool = True) -> Entry:
+    number = torch.empty(1)
+    table = ParameterTable(
+        number.int(),
+        first_program=number.long(),
+        counts=number.long(),
+        addresses=number.long(),
+        factors=number.double(),
+    )
+    pages = number.int(), number.long()
+    with recording(adamw, "adamw_kernel") as launch:
+        adamw.update_pages(*pages, table, dtype, PROGRAM, state_bits, aligned=aligned)
+    name = f"adamw {TYPES[dtype]}, {state_bits}-bit state" + ", unaligned" * (
+        not aligned
+    )
+    return launch.entry(name, adamw.adamw_kernel, PROGRAM, in_loop=False)
+
+
 FEW = matmul_few_rows.TILINGS
 MANY = matmul_many_rows.TILINGS
 TUNED = list(tuned_entries())
@@ -284,6 +307,8 @@ ENTRIES = [
     ARRANGE[0],
     ARRANGE[-1],
     add_entry(2),
+    adamw_entry(torch.float32, 32),
+    adamw_entry(torch.bfloat16, 8),
 ]
 MORE_ENTRIES = [
     quantize_entry("fp16", 64, 32),
@@ -321,6 +346,13 @@ MORE_ENTRIES = [
     # The fewest steps of a loop, where the compiler might do without one.
     *(gradient_entry(m, 8192, n=512) for m in (15, 31, 63)),
     *(gradient_entry(m, 8192, n=64, nested=False) for m in (15, 31, 63)),
+    *(adamw_entry(dtype, 32) for dtype in (torch.bfloat16, torch.float16)),
+    *(adamw_entry(dtype, 8) for dtype in (torch.float32, torch.float16)),
+    *(
+        adamw_entry(dtype, state_bits, aligned=False)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for state_bits in (32, 8)
+    ),
     many_rows_entry(63, 128, MANY[32][0]),
     many_rows_entry(63, 256, MANY[64][1]),
 ]

@@ -12,6 +12,7 @@ from qlora_lib.numerics import (
     QuantizedTensor,
     normal_float,
 )
+from qlora_lib.optim import PagedAdamW
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "TOY",
     "Codebook",
     "Linear4bit",
+    "PagedAdamW",
     "QuantizedTensor",
     "dequantize",
     "estimate_memory",

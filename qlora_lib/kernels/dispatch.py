@@ -161,12 +161,22 @@ def has_kernel(
 ) -> bool:
     """Whether kernels take such codes and blocks there, and numbers of this type."""
     return (
-        device.type == "cuda"
-        and bits == KERNEL_BITS
+        bits == KERNEL_BITS
         and block_size in KERNEL_BLOCK_SIZES
         and dtype in KERNEL_DTYPES
+        and runs_triton(device)
+    )
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is there and compiles for a device.
+
+    It does for NVIDIA GPUs from the A100 on, and for those of AMD.
+    """
+    return (
+        device.type == "cuda"
         and _has_triton()
-        and _runs_triton(device)
+        and (torch.version.hip is not None or _capability(device) >= (8, 0))
     )
 
 
@@ -179,13 +189,6 @@ def _has_triton() -> bool:
 def _capability(device: torch.device) -> tuple[int, int]:
     # PyTorch looks it up anew for every product, which costs more than the launch.
     return torch.cuda.get_device_capability(device)
-
-
-def _runs_triton(device: torch.device) -> bool:
-    """Triton compiles for NVIDIA GPUs from the A100 on, and for those of AMD."""
-    if torch.version.hip is not None:
-        return True
-    return _capability(device) >= (8, 0)
 
 
 def _choose(

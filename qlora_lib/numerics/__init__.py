@@ -5,6 +5,7 @@ This is the reference that everything faster is compared with.
 
 from qlora_lib.numerics.codebooks import (
     DYNAMIC8,
+    DYNAMIC8_UNSIGNED,
     FP4,
     FP4_BITSANDBYTES,
     FP4_E3M0,
@@ -24,6 +25,7 @@ from qlora_lib.numerics.quantized_tensor import QuantizedTensor, quantize
 
 __all__ = [
     "DYNAMIC8",
+    "DYNAMIC8_UNSIGNED",
     "FP4",
     "FP4_BITSANDBYTES",
     "FP4_E3M0",

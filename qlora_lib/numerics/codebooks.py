@@ -222,15 +222,26 @@ def normal_float(bits: int) -> Codebook:
     return Codebook(f"nf{bits}", values / values[-1])
 
 
-def dynamic(bits: int = 8) -> Codebook:
-    """The signed dynamic map: few fraction bits for small numbers, many for large ones.
+def dynamic(bits: int = 8, signed: bool = True) -> Codebook:
+    """The dynamic map: few fraction bits for small numbers, many for large ones.
 
     For ``i = 0, ..., bits - 2`` the values are plus and minus ``10**(i - (bits - 2))``
     times the midpoints of ``2**i`` equal intervals of [0.1, 1]; 0 and 1 complete the
     table. With 8 bits it spans seven decades, which is why quantization constants are
     stored in it (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, section
-    1.3). It is computed in float32 as in bitsandbytes, so that on one machine both have
-    the same table; processors differ in its last bits.
+    1.3).
+
+    Without a sign there are the positive values alone, at the midpoints of ``2**(i +
+    1)`` intervals: numbers that cannot be negative, as the second moment of Adam,
+    have the bit of the sign for a fraction twice as fine (section 2.2).
+
+    It is computed in float32 as in bitsandbytes, so that on one machine both have the
+    same table; processors differ in its last bits.
+
+    Args:
+        bits: The width of a code. There are ``2**bits`` values.
+        signed: Whether there are negative values. The name tells the map without them:
+            ``"dynamic8_unsigned"``.
 
     Raises:
         ValueError: If ``bits`` is not in 2..8.
@@ -238,10 +249,12 @@ def dynamic(bits: int = 8) -> Codebook:
     _check_bits(bits)
     parts = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(bits - 1):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        intervals = 2**i if signed else 2 ** (i + 1)
+        edges = torch.linspace(0.1, 1, intervals + 1, dtype=torch.float32)
         decade = 10 ** (i - (bits - 2)) * ((edges[:-1] + edges[1:]) / 2)
-        parts += [decade, -decade]
-    return Codebook(f"dynamic{bits}", torch.cat(parts).sort().values)
+        parts += [decade, -decade] if signed else [decade]
+    name = f"dynamic{bits}" if signed else f"dynamic{bits}_unsigned"
+    return Codebook(name, torch.cat(parts).sort().values)
 
 
 def _check_bits(bits: int) -> None:
@@ -298,3 +311,4 @@ FP4_BITSANDBYTES = Codebook(
 )
 NF4 = normal_float(4)
 DYNAMIC8 = dynamic(8)
+DYNAMIC8_UNSIGNED = dynamic(8, signed=False)

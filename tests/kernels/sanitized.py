@@ -15,6 +15,11 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
 
 from qlora_lib import NF4  # noqa: E402
+from qlora_lib.kernels.adamw import (  # noqa: E402
+    PROGRAM,
+    ParameterTable,
+    update_pages,
+)
 from qlora_lib.kernels.dequantize import dequantize_blocks  # noqa: E402
 from qlora_lib.kernels.matmul_few_rows import matmul_few_rows  # noqa: E402
 from qlora_lib.kernels.matmul_gradient import matmul_gradient  # noqa: E402
@@ -50,9 +55,48 @@ def main() -> None:
         for m in (1, 17, 64):
             grad = torch.randn(m, n, device=DEVICE, dtype=torch.bfloat16)
             check(matmul_gradient(grad, storage, k), grad.float() @ dense)
+    for state_bits in (32, 8):
+        for dtype in (torch.float32, torch.bfloat16):
+            update_two_parameters(dtype, state_bits, (8, 2056), aligned=True)
+            update_two_parameters(dtype, state_bits, (13, 2049), aligned=False)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def update_two_parameters(
+    dtype: torch.dtype, state_bits: int, counts: tuple[int, int], aligned: bool
+) -> None:
+    """The first step of AdamW, in three programs of two pages; the fourth is unused."""
+    parameters = [torch.ones(count, device=DEVICE, dtype=dtype) for count in counts]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    page_size = 2 * PROGRAM
+    page_bytes = page_size * 8 if state_bits == 32 else page_size * 2 + page_size // 32
+    pages = [
+        torch.zeros(page_bytes, device=DEVICE, dtype=torch.uint8) for _ in range(2)
+    ]
+    addresses = [[each.data_ptr() for each in rows] for rows in (parameters, gradients)]
+    # Decay, 1 - beta1, beta2, 1 - beta2, root correction, eps, step size.
+    factors = [1.0, 0.1, 0.999, 0.001, 0.001**0.5, 1e-8, 0.25 / 0.1]
+    table = ParameterTable(
+        torch.tensor([0, 1, 1, -1], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 1], device=DEVICE),
+        torch.tensor(counts, device=DEVICE),
+        torch.tensor(addresses, device=DEVICE),
+        torch.tensor([[each] * 2 for each in factors], dtype=torch.float64).to(DEVICE),
+    )
+    update_pages(
+        torch.tensor([1, 0], dtype=torch.int32, device=DEVICE),
+        torch.tensor([pages[1].data_ptr(), pages[0].data_ptr()], device=DEVICE),
+        table,
+        dtype,
+        page_size,
+        state_bits,
+        aligned,
+    )
+    # In the first step each number moves by the learning rate.
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        check(parameter, 1 - 0.25 * gradient.float().sign())
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -16,9 +16,15 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SCRIPT = EXPERIMENTS / "compile_kernels.py"
 SHARED_MEMORY = Path(__file__).with_name("shared_memory.py")
 # What the integer pipe and the issue slots of an H200 have time for while its memory
-# moves a weight: 2.5 bytes at 4.3 TB/s, or for the matmuls 0.5.
-MOST_INTEGER_INSTRUCTIONS = {"quantize": 12, "dequantize": 12, "few_rows": 2.4}
-MOST_INSTRUCTIONS = {"quantize": 24, "dequantize": 24, "few_rows": 4.8}
+# moves a weight: 2.5 bytes at 4.3 TB/s, or for the matmuls 0.5, for AdamW at least 22.
+# With 8-bit state AdamW does not fit: it is limited by the search for codes.
+MOST_INTEGER_INSTRUCTIONS = {
+    "quantize": 12,
+    "dequantize": 12,
+    "few_rows": 2.4,
+    "adamw": 105,
+}
+MOST_INSTRUCTIONS = {"quantize": 24, "dequantize": 24, "few_rows": 4.8, "adamw": 211}
 
 KIB = 1024
 TABLES = 33 * KIB
@@ -38,6 +44,8 @@ MANY_64 = f"many_rows, 64 rows, k 8192, {TUNED}, 128 outputs, 4 warps"
 MANY_128 = f"many_rows, 128 rows, k 8192, {TUNED}, 128 outputs, 8 warps"
 # Where dispatch lets the matmuls run; elsewhere they are compiled and nothing more.
 MATMUL_TARGETS = ("sm_90", "sm_100")
+# What runs on all targets.
+EVERYWHERE = ("quantize", "dequantize", "adamw")
 # What spills registers, where it was not tuned; the last two with Triton 3.6 alone.
 SPILLS = {
     (FEW_8, "gfx942"),
@@ -83,7 +91,7 @@ def test_every_target_is_there(rows):
     }
     assert kinds == everywhere
     matmuls = {"few_rows", "many_rows", "gradient"}
-    assert kinds == {"quantize", "dequantize", "arrange", "add"} | matmuls
+    assert kinds == {"quantize", "dequantize", "arrange", "add", "adamw"} | matmuls
     assert all("sm_90" in of for of in targets.values())
 
 
@@ -100,7 +108,7 @@ def test_no_register_is_spilled(rows):
 
 def test_every_launch_finds_its_shared_memory(rows):
     for row in rows:
-        if row["target"] in MATMUL_TARGETS or kind(row) in ("quantize", "dequantize"):
+        if row["target"] in MATMUL_TARGETS or kind(row) in EVERYWHERE:
             assert fits(row), row
 
 
@@ -137,6 +145,19 @@ def test_tables_are_where_assembly_is(rows):
         assert row["static_shared_bytes"] == has_tables * TABLES, row
 
 
+def test_adamw_moves_four_numbers_at_once(rows):
+    """Seven numbers are, for each of a parameter; the tables take what is left."""
+    counted = [
+        row["instructions_per_weight"]["load/store"]
+        for row in rows
+        if row["target"] == "sm_90"
+        and row["kernel"].startswith("adamw")
+        and row["kernel"].endswith("32-bit state")
+    ]
+    assert len(counted) == 3
+    assert all(count <= 4 for count in counted)
+
+
 def test_instructions_fit_the_time_of_the_memory(rows):
     """Of the kernels that are limited by memory."""
     counted = [
@@ -147,6 +168,7 @@ def test_instructions_fit_the_time_of_the_memory(rows):
         and not row["kernel"].endswith(" 0 buckets")
         # With 32 rows a tensor core has twice the work, and not only memory is slow.
         and not row["kernel"].startswith("few_rows, 32 rows")
+        and "8-bit state" not in row["kernel"]
     ]
     assert len(counted) >= 20
     for row in counted:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qlora_lib.numerics import (
     DYNAMIC8,
+    DYNAMIC8_UNSIGNED,
     FP4,
     FP4_BITSANDBYTES,
     FP4_E3M0,
@@ -39,6 +40,7 @@ CODEBOOKS = [
     FP4_BITSANDBYTES,
     NF4,
     DYNAMIC8,
+    DYNAMIC8_UNSIGNED,
     integer(2),
     floating_point(4, 3),
     normal_float(8),
@@ -121,21 +123,27 @@ class TestValues:
         assert torch.equal(values, -values.flip(0))
         assert float(values[-1]) == 1
 
-    def test_dynamic_map_is_that_of_bitsandbytes(self):
+    def test_dynamic_maps_are_those_of_bitsandbytes(self):
         assert torch.equal(DYNAMIC8.values, bnb.create_dynamic_map())
+        unsigned = bnb.create_dynamic_map(signed=False)
+        assert torch.equal(DYNAMIC8_UNSIGNED.values, unsigned)
 
+    @pytest.mark.parametrize("signed", [True, False])
     @pytest.mark.parametrize("bits", WIDTHS)
-    def test_dynamic_map_by_hand(self, bits):
+    def test_dynamic_map_by_hand(self, bits, signed):
         decades = bits - 1
+        finer = 1 if signed else 2
         magnitudes = [
-            10.0 ** (i - decades + 1) * (0.1 + 0.9 * (j + 0.5) / 2**i)
+            10.0 ** (i - decades + 1) * (0.1 + 0.9 * (j + 0.5) / (finer * 2**i))
             for i in range(decades)
-            for j in range(2**i)
+            for j in range(finer * 2**i)
         ]
-        expected = sorted([-m for m in magnitudes] + [0.0, 1.0] + magnitudes)
-        values = dynamic(bits).values
-        assert len(values) == 2**bits
-        np.testing.assert_allclose(values, expected, rtol=1e-6)
+        negative = [-m for m in magnitudes] if signed else []
+        expected = sorted([*negative, 0.0, 1.0, *magnitudes])
+        codebook = dynamic(bits, signed)
+        assert len(codebook) == 2**bits
+        assert codebook.name == f"dynamic{bits}" + "_unsigned" * (not signed)
+        np.testing.assert_allclose(codebook.values, expected, rtol=1e-6)
 
     def test_bitsandbytes_values_of_both_4_bit_types(self):
         assert torch.equal(NF4.values, bnb.get_4bit_type("nf4", device="cpu"))

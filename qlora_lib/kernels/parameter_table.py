@@ -1,0 +1,33 @@
+"""What the kernel of the optimizer looks its work up in, and how work is cut."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Numbers that one program updates. Each parameter's state begins with a program.
+PROGRAM = 2048
+# Of 8-bit state: how many numbers of a moment share a scale; a divisor of PROGRAM.
+STATE_BLOCK_SIZE = 256
+
+
+class ParameterTable(NamedTuple):
+    """Where programs look up what they work on, in tensors on the GPU.
+
+    Attributes:
+        parameter_of: int32 ``[pages * page_size / PROGRAM]``, the parameter of each
+            program of all pages; -1 where a page's end is unused.
+        first_program: int64 ``[parameters]``, the program that each begins with.
+        counts: int64 ``[parameters]``, how many numbers each has.
+        addresses: int64 ``[2, parameters]``, of the first number of each parameter and
+            of its gradient, both contiguous; 0 for a gradient that is missing.
+        factors: float64 ``[7, parameters]``, in the order of
+            :class:`qlora_lib.optim.update.Factors`.
+    """
+
+    parameter_of: Tensor
+    first_program: Tensor
+    counts: Tensor
+    addresses: Tensor
+    factors: Tensor

@@ -1,0 +1,14 @@
+"""Optimizers whose state is paged."""
+
+from qlora_lib.optim.adamw import PagedAdamW
+from qlora_lib.optim.devices import CudaDevice, SimulatedDevice
+from qlora_lib.optim.paging import Counters, HostPages, Pager
+
+__all__ = [
+    "Counters",
+    "CudaDevice",
+    "HostPages",
+    "PagedAdamW",
+    "Pager",
+    "SimulatedDevice",
+]
