@@ -102,7 +102,7 @@ def quick_parts() -> list[Part]:
         "rounds": 1,
         **tiny,
     }
-    ways = ((1, 16, 2, 0.01), (2, 16, 2, 0.0))
+    ways = ((1, 1, 16, 2, 0.01), (1, 2, 16, 2, 0.0))
     spike = {"width": 64, "layers": 2, "lengths": (16, 1024), **tiny}
     return [
         Part("link", {"sizes": [2**16]}),

@@ -46,12 +46,14 @@ def of_updates(group: Entry) -> Iterator[tuple[str, Entry, Entry, str, str]]:
 
 def of_training(training: Entry) -> Iterator[tuple[str, Entry, Entry, Entry, str]]:
     runs = training.get("runs", [])
-    for way in dict.fromkeys((r["accumulation"], r["sequence"]) for r in runs):
-        about = dict(zip(("accumulation", "sequence"), way, strict=True))
+    names = "batch_size", "accumulation", "sequence"
+    for way in dict.fromkeys(tuple(run[name] for name in names) for run in runs):
+        about = dict(zip(names, way, strict=True))
         streamed = pick(runs, optimizer=PAGED, budget_share=0, **about)
         resident = pick(runs, optimizer=PAGED, budget_share=1, **about)
         fused = pick(runs, optimizer=FUSED, **about)
-        target = "<= 1.03" if way[0] > 1 else ""  # with one sequence it is reported
+        # With one sequence it is reported only.
+        target = "<= 1.03" if about["accumulation"] > 1 else ""
         yield "step, budget 0 over 100 %", about, streamed, resident, target
         yield "step, budget 0 over fused", about, streamed, fused, target
 

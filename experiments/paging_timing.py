@@ -40,8 +40,11 @@ def alternate(
     counts: dict[K, int] = {}
     groups: dict[K, list[dict[str, float]]] = {key: [] for key in steps}
     errors: dict[K, str] = {}
+    keys = list(steps)
     for index in range(-1, rounds):
-        for key, step in steps.items():
+        keys.append(keys.pop(0))  # each comes after each of the others in its turn
+        for key in keys:
+            step = steps[key]
             if key in errors:
                 continue
             try:

@@ -1,5 +1,6 @@
 """Estimates of memory against real steps, real optimizers and counts by hand."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -21,10 +22,12 @@ from qlora_lib import FP4, NF4, TOY
 from qlora_lib.integrations.transformers import enable_gradient_checkpointing
 from qlora_lib.integrations.transformers.layers import linear_layers
 from qlora_lib.memory import estimate, estimate_memory, llama_config
-from qlora_lib.memory.estimate import CUBLAS_WORKSPACES, GIB, OPTIMIZERS
+from qlora_lib.memory.estimate import CUBLAS_WORKSPACES, GIB
+from qlora_lib.memory.optimizers import OPTIMIZERS, OptimizerBytes
 from qlora_lib.memory.planned_model import planned_model
 from qlora_lib.memory.rehearsal import rehearse
 from qlora_lib.nn import Linear4bit, quantize_linears
+from qlora_lib.optim import PagedAdamW
 
 PLAN = {
     "weights": "4bit",
@@ -192,7 +195,9 @@ def test_accumulated_gradients_are_there_in_the_forward_pass():
 
 
 def test_workspace_is_the_largest_weight_in_16_bits():
-    found = estimate_memory(small_config(), rank=4, sequence_length=32)
+    found = estimate_memory(
+        small_config(), rank=4, sequence_length=32, optimizer="adamw_torch_fused"
+    )
     assert found.largest.workspace == CUBLAS_WORKSPACES + 128 * 320 * 2
 
 
@@ -222,7 +227,9 @@ def test_state_of_torch_optimizers_is_what_they_hold(optimizer):
     adam.step()
     held = adam.state[parameter]
     state = sum(held[name].nbytes for name in ("exp_avg", "exp_avg_sq"))
-    assert OPTIMIZERS[optimizer].state_bytes(parameter.numel()) == state
+    found = OPTIMIZERS[optimizer]([parameter])
+    assert (found.state, found.paged_state) == (state, 0)
+    assert found.step == (parameter.nbytes if optimizer == "adamw_torch" else 0)
 
 
 @pytest.mark.parametrize("count", [100, 4095, 4096, 5000, 200_000])
@@ -246,12 +253,56 @@ def test_state_of_bitsandbytes_is_what_it_holds(name, kind, count):
     held = adam.state[parameter]
     names = ("state1", "state2", "absmax1", "absmax2")
     state = sum(held[name].nbytes for name in names if name in held)
-    assert OPTIMIZERS[name].state_bytes(count) == state
+    paged = name.startswith("paged") and count >= 100_000
+    expected = OptimizerBytes(paged_state=state) if paged else OptimizerBytes(state)
+    assert OPTIMIZERS[name]([parameter]) == expected
 
 
-def test_small_tensors_are_not_paged():
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("layers", [1, 9])
+def test_state_of_the_library_is_what_it_holds(bits, layers):
+    # 9 layers have more state than the four pages that a step takes.
+    wide = {"hidden_size": 640, "intermediate_size": 2000, "num_hidden_layers": layers}
+    config = small_config(**wide)
+    name = f"qlora_paged_adamw_{bits}bit"
+    found = estimate_memory(config, rank=512, sequence_length=8, optimizer=name)
+    counts = [512 * width for width in (640,) * 8 + (640, 2000) * 3] * layers
+    parameters = [nn.Parameter(torch.zeros(count)) for count in counts]
+    for parameter in parameters:
+        parameter.grad = parameter.detach()
+    adam = PagedAdamW(parameters, state_bits=bits)
+    adam.step()
+    held = sum(
+        tensor.nbytes
+        for state in adam.state_dict()["state"].values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
+    )
+    # By hand: every tensor begins a program of 2048 numbers, and pages are whole.
+    programs = sum(-(-count // 2048) for count in counts)
+    size = 2048 * 8 if bits == 32 else 2048 * 2 + 2048 // 256 * 2 * 4
+    per_page = min(programs, 2**24 // size)
+    pages = -(-programs // per_page)
+    assert found.paged_state == adam.state_bytes == pages * per_page * size >= held
+    assert found.largest.optimizer_state == 0
+    staged = min(4, pages) * per_page * size
+    assert (staged < found.paged_state) == (layers == 9)
+    without = estimate_memory(
+        config, rank=512, sequence_length=8, optimizer="adamw_torch_fused"
+    )
+    phases = without.phases
+    more = found.phases["optimizer"].workspace - phases["optimizer"].workspace
+    assert more == staged
+    assert found.phases["forward"] == dataclasses.replace(
+        phases["forward"], optimizer_state=0
+    )
+
+
+def test_small_tensors_are_not_paged_by_bitsandbytes():
     paged = estimate_memory(
-        small_config(hidden_size=512, intermediate_size=12_500), rank=8
+        small_config(hidden_size=512, intermediate_size=12_500),
+        rank=8,
+        optimizer="paged_adamw_32bit",
     )
     # 8 x 12500 is paged, 8 x 512 is not.
     assert paged.paged_state == 8 * 3 * 3 * 8 * 12_500
@@ -447,3 +498,41 @@ def test_layers_are_those_that_the_loader_quantizes():
     assert len(found) == len(names) == 2 * 4
     # Two codes a byte: attention and projection, up and down.
     assert estimate_memory(config).largest.weights == 2 * 64 * 64 * (3 + 1 + 4 + 4) // 2
+
+
+def test_the_optimizer_of_the_library_is_suggested_where_state_is_what_is_too_much():
+    run = {"rank": 512, "sequence_length": 8, "optimizer": "adamw_torch_fused"}
+    config = small_config(hidden_size=640, intermediate_size=2000, num_hidden_layers=9)
+    needed = estimate_memory(config, **run)
+    device = (needed.on_card - needed.largest.optimizer_state // 2) / GIB
+    found = estimate_memory(config, **run, device_gib=device)
+    assert {"optimizer": "qlora_paged_adamw_32bit"} in found.suggestions
+    own = estimate_memory(config, **run | found.suggestions[0], device_gib=device)
+    assert own.fits
+    too_small = estimate_memory(
+        config, rank=512, sequence_length=8, device_gib=own.on_card / GIB - 0.001
+    )
+    assert not any("optimizer" in change for change in too_small.suggestions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [32, 8])
+def test_peak_of_a_step_is_that_of_the_gpu(bits):
+    parameters = [
+        nn.Parameter(torch.zeros(2048, 4096, device="cuda")) for _ in range(24)
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    expected = OPTIMIZERS[f"qlora_paged_adamw_{bits}bit"](parameters)
+    # Room for the ring alone, so that nothing resides.
+    adam = PagedAdamW(parameters, state_bits=bits, device_budget=expected.step)
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        adam.step()
+        torch.cuda.synchronize()
+        taken = torch.cuda.max_memory_allocated() - before
+    assert adam.resident_share == 0
+    assert adam.counters.bytes_in == 3 * expected.paged_state
+    assert taken == pytest.approx(expected.step, rel=0.01)

@@ -512,3 +512,73 @@ def test_memory_timeline_keeps_the_peak_of_a_long_step():
         corners = area.get_paths()[0].vertices
         assert corners[:, 1].max() == peak
         assert len(corners) < 3000
+
+
+def test_misses_by_room_draws_each_policy_above_the_impossible():
+    misses = {"LRU": [3, 3, 0], "resident": torch.tensor([3.0, 2.0, 0.0])}
+    ax = plotting.misses_by_room(3, misses)
+    for label, counts in misses.items():
+        line = line_labelled(ax, label)
+        assert list(line.get_xdata()) == [1, 2, 3]
+        np.testing.assert_array_equal(line.get_ydata(), counts)
+    (area,) = ax.collections
+    corners = {tuple(corner) for corner in area.get_paths()[0].vertices}
+    assert {(1, 2), (2, 1), (3, 0)} <= corners
+    assert texts(ax) == ["impossible"]
+    with pytest.raises(ValueError):
+        plotting.misses_by_room(4, misses)
+
+
+PAGING_EVENTS = [
+    ("in", 7, 0.0, 4.0),
+    ("update", 7, 4.0, 4.1),
+    ("out", 7, 4.1, 8.0),
+    ("in", 8, 4.0, 9.0),
+]
+
+
+def test_paging_timeline_has_a_lane_for_each_kind_of_event():
+    figure = plotting.paging_timeline(
+        {"one": PAGING_EVENTS, "two": PAGING_EVENTS[:2]}, "ms"
+    )
+    one, two = figure.axes
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["one", "two"]
+    lanes = [label.get_text() for label in one.get_yticklabels()]
+    assert lanes == ["host to GPU", "update", "GPU to host"]
+    drawn = [
+        (round(bar.get_center()[1]), bar.get_x(), bar.get_width())
+        for bar in one.patches
+    ]
+    wanted = [(0, 0, 4), (1, 4, 0.1), (2, 4.1, 3.9), (0, 4, 5)]
+    assert drawn == [pytest.approx(bar) for bar in wanted]
+    # What is too short to hold the number of its page has none.
+    assert texts(one) == ["7", "7", "8"]
+    # Panels can be compared: they share the axis of time.
+    assert one.get_xlim() == two.get_xlim() == (0, 9)
+    assert one.yaxis_inverted()
+    assert (one.get_xlabel(), two.get_xlabel()) == ("", "ms")
+
+
+def test_paging_cost_is_drawn_by_the_resident_share():
+    measured = {"32 bits": ([0, 0.5, 1], [9, 5, 1]), "8 bits": ([0, 1], [3, 1])}
+    ax = plotting.paging_cost(measured, {"fused": 0.9}, ([0, 1], [8, 0]))
+    for label, (shares, times) in measured.items():
+        line = line_labelled(ax, label)
+        np.testing.assert_allclose(line.get_xdata(), [100 * share for share in shares])
+        np.testing.assert_array_equal(line.get_ydata(), times)
+    assert line_labelled(ax, "copies alone, 32 bits").get_xydata().tolist() == [
+        [0, 8],
+        [100, 0],
+    ]
+    assert line_labelled(ax, "fused").get_xydata().tolist() == [[100, 0.9]]
+    assert ax.get_ylim()[0] == 0
+    assert [t.get_text() for t in ax.get_legend().texts] == [
+        "copies alone, 32 bits",
+        *measured,
+        "fused",
+    ]
+
+
+def test_paging_cost_needs_nothing_to_compare_with():
+    ax = plotting.paging_cost({"32 bits": ([0, 1], [9, 1])})
+    assert len(ax.lines) == 1

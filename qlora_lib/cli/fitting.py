@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
     from qlora_lib.integrations.transformers import QLoRAConfig
 
-# The torch.optim.AdamW of finetune, in the form that needs most: on a GPU it takes the
-# fused one, which has no temporaries.
-OPTIMIZER = "adamw_torch"
-
 
 def estimate(
     model: str | PreTrainedConfig, quantization: QLoRAConfig, **run: Any
@@ -52,8 +48,9 @@ def check_memory(
     """Say what the run needs, and refuse one that does not fit, with what would."""
 
     def planned(run: dict[str, Any]) -> MemoryEstimate:
+        # With the optimizer of finetune, which is the default of an estimate too.
         rows = run["batch_size"] // run["gradient_accumulation"]
-        run = {**run, "batch_size": rows, "optimizer": OPTIMIZER, "device_gib": gpu}
+        run = {**run, "batch_size": rows, "device_gib": gpu}
         return estimate(config, quantization, **run)
 
     needed = planned(run)
@@ -64,7 +61,7 @@ def check_memory(
     for suggestion in needed.suggestions:
         change = _as_options(suggestion, run["batch_size"])
         # In parts a batch has gradients in memory for longer, so this is not certain.
-        if change is not None and planned(run | change).fits:
+        if planned(run | change).fits:
             changes.append(change)
     options = ", or ".join(as_flags(_renamed(change)) for change in changes)
     cure = f"what would fit: {options}" if options else "no option makes it fit"
@@ -93,11 +90,9 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def _as_options(suggestion: dict[str, Any], batch_size: int) -> dict[str, Any] | None:
+def _as_options(suggestion: dict[str, Any], batch_size: int) -> dict[str, Any]:
     """What estimate_memory would change, as settings of this command."""
     change = dict(suggestion)
-    if "optimizer" in change:
-        return None
     if (rows := change.pop("batch_size", None)) is not None:
         # The batch stays, in more parts.
         change["gradient_accumulation"] = next(

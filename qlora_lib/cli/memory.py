@@ -20,6 +20,7 @@ from qlora_lib.cli.options import (
 )
 from qlora_lib.cli.output import show_result, working
 from qlora_lib.cli.status import DOES_NOT_FIT
+from qlora_lib.memory.optimizers import DEFAULT_OPTIMIZER
 from qlora_lib.memory.parts import GIB
 from qlora_lib.memory.planned_model import LLAMA_SHAPES
 
@@ -68,8 +69,11 @@ def memory(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 64,
     optimizer: Annotated[
         str,
-        typer.Option(help="Name from TrainingArguments(optim=...) of transformers."),
-    ] = "paged_adamw_32bit",
+        typer.Option(
+            help="qlora_paged_adamw_32bit, that of qlora finetune, or with 8bit; or a "
+            "name from TrainingArguments(optim=...) of transformers."
+        ),
+    ] = DEFAULT_OPTIMIZER,
     no_gradient_checkpointing: NoGradientCheckpointing = False,
     gradient_accumulation: Annotated[
         int, typer.Option(min=1, help="Batches before the optimizer takes its step.")

@@ -44,27 +44,23 @@ from qlora_lib.finetuning.data import (
 )
 from qlora_lib.finetuning.modes import as_before, evaluating
 from qlora_lib.finetuning.packing import check_packing
+from qlora_lib.finetuning.spikes import SpikeTrainer
 from qlora_lib.integrations.transformers import (
     compile_decoder_layers,
     enable_gradient_checkpointing,
 )
+from qlora_lib.optim import PagedAdamW
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """Called as ``factory(parameters, lr=learning_rate)``."""
 
 
-def paper_optimizer(
-    parameters: Sequence[nn.Parameter], lr: float
-) -> torch.optim.Optimizer:
-    """Return the paper's Adam: ``beta2 = 0.999`` and no weight decay (appendix B)."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=lr,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        # On a GPU the other ways hold temporaries as large as the parameters.
-        fused=all(parameter.is_cuda for parameter in parameters),
-    )
+def paper_optimizer(parameters: Sequence[nn.Parameter], lr: float) -> PagedAdamW:
+    """Return the paper's Adam: paged, ``beta2 = 0.999`` and no weight decay.
+
+    Paging is of section 3, the numbers of appendix B. Its state has 32 bits.
+    """
+    return PagedAdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def add_adapters(
@@ -141,6 +137,10 @@ def finetune(
     interrupted, bit for bit on the same machine. What is computed again is what came
     after the last checkpoint.
 
+    Where a long sequence needs more GPU memory than is free, the optimizer's state
+    makes room and the step is computed again, with the same result, see
+    :class:`~qlora_lib.finetuning.spikes.SpikeTrainer`.
+
     Args:
         model: A causal language model, quantized and with adapters; trained in place.
         tokenizer: Its tokenizer, which names the token that pads the batches.
@@ -156,7 +156,8 @@ def finetune(
         gradient_accumulation: Parts of equal size that a batch is computed in, one
             after the other. More parts need less memory for activations.
         learning_rate: The constant learning rate.
-        optimizer: Called with the parameters to train and ``lr=learning_rate``.
+        optimizer: Called with the parameters to train and ``lr=learning_rate``; by
+            default it gives a :class:`~qlora_lib.PagedAdamW` with state of 32 bits.
         gradient_checkpointing: Whether activations are computed again in the backward
             pass and not kept. It changes no result.
         compile_layers: Whether decoder layers are compiled with ``torch.compile``, see
@@ -200,7 +201,7 @@ def finetune(
             "learning_rate": learning_rate,
             "seed": seed,
             "compile_layers": compile_layers,
-            "optimizer": _describe_optimizer(built_optimizer),
+            **_describe_optimizer(built_optimizer),
             "checksum of the examples": fingerprint_examples(examples),
             **_describe_model(model),
         }
@@ -239,7 +240,7 @@ def finetune(
         )
         # With several GPUs the Trainer would multiply the batch by their number.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = CheckpointTrainer(
+        trainer = _FinetuneTrainer(
             settings,
             model=model,
             args=arguments,
@@ -310,6 +311,10 @@ def answer_losses(
             answer_lengths = (labels != IGNORED_LABEL).sum(1)
             losses.append(token_losses.sum(1) / answer_lengths)
     return torch.cat(losses).cpu()
+
+
+class _FinetuneTrainer(SpikeTrainer, CheckpointTrainer):
+    """Both: spikes are survived, and checkpoints are whole."""
 
 
 class _LossBar(ProgressCallback):
@@ -391,7 +396,13 @@ def _start_or_resume(
 def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     plain = (bool, int, float, str, tuple, list, type(None))
     options = {k: v for k, v in optimizer.defaults.items() if isinstance(v, plain)}
-    return {"class": type(optimizer).__qualname__, **options}
+    if isinstance(optimizer, PagedAdamW):
+        # Where its state lies changes no bit, so the budget may be another one.
+        options["state_bits"] = optimizer.state_bits
+    return {
+        "optimizer": type(optimizer).__qualname__,
+        **{f"optimizer's {name}": value for name, value in options.items()},
+    }
 
 
 def _describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:

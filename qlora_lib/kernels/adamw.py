@@ -19,10 +19,11 @@ from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.parameter_table import (
     PROGRAM,
     STATE_BLOCK_SIZE,
+    STATE_CODEBOOKS,
     ParameterTable,
 )
 from qlora_lib.kernels.quantize import SMALLEST_NORMAL
-from qlora_lib.numerics import DYNAMIC8, DYNAMIC8_UNSIGNED, Codebook
+from qlora_lib.numerics import Codebook
 
 # With these, a thread updates 16 of a program's numbers.
 WARPS = 4
@@ -64,7 +65,8 @@ def update_pages(
     Numbers of state lie in programs of ``PROGRAM``, and each parameter begins with a
     program of its own. A page holds both moments one after the other, with 8 bits first
     the codes of both and then their scales (signed and unsigned dynamic map, blocks of
-    256). NaN in a gradient makes its number NaN, or with 8 bits the scale of its block.
+    256). A second moment above zero is not rounded to zero. NaN in a gradient makes its
+    number NaN, or with 8 bits the scale of its block.
 
     Args:
         page_numbers: int32 ``[pages]``, which of all pages to update.
@@ -101,8 +103,10 @@ def update_pages(
 @functools.cache
 def state_tables(device: torch.device) -> Tensor:
     """The values and the search trees of both codebooks: float32 ``[2, 2, 256]``."""
-    codebooks = (DYNAMIC8, DYNAMIC8_UNSIGNED)
-    tables = [torch.stack([each.values, search_tree(each)]) for each in codebooks]
+    tables = [
+        torch.stack([codebook.values, search_tree(codebook)])
+        for codebook in STATE_CODEBOOKS.values()
+    ]
     return torch.stack(tables).to(device)
 
 

@@ -1,4 +1,4 @@
-"""What the kernel of the optimizer looks its work up in, and how work is cut."""
+"""What the kernel of the optimizer looks its work up in, and how state is laid out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from qlora_lib.numerics import DYNAMIC8, Codebook, dynamic
+
 # Numbers that one program updates. Each parameter's state begins with a program.
 PROGRAM = 2048
 # Of 8-bit state: how many numbers of a moment share a scale; a divisor of PROGRAM.
 STATE_BLOCK_SIZE = 256
+
+
+def _never_to_zero(codebook: Codebook) -> Codebook:
+    """Give numbers above zero the smallest value above zero at least.
+
+    The codebook has no negative values. A second moment that was rounded to zero would
+    make its parameter jump: it is what the first moment is divided by.
+    """
+    codebook.boundaries[0] = 0.0
+    return codebook
+
+
+# Of 8-bit state. The first moment has both signs, the second none.
+STATE_CODEBOOKS = {
+    "exp_avg": DYNAMIC8,
+    "exp_avg_sq": _never_to_zero(dynamic(8, signed=False)),
+}
 
 
 class ParameterTable(NamedTuple):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from qlora_lib.memory.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from qlora_lib.memory.parts import (
     BEYOND_ALLOCATOR,
     GIB,
@@ -35,40 +36,6 @@ CUBLAS_WORKSPACES = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True)
-class _Optimizer:
-    """Bytes of Adam's state and temporaries for a parameter tensor of ``count``."""
-
-    state_bits: Literal[8, 32] = 32
-    paged: bool = False
-    temporary_bytes: int = 0
-
-    def state_bytes(self, count: int) -> int:
-        if self.state_bits == 8 and count >= MIN_8BIT_COUNT:
-            return 2 * (count + 4 * -(-count // STATE_BLOCK_SIZE))
-        return 2 * 4 * count
-
-    def pages(self, count: int) -> bool:
-        return self.paged and count >= MIN_PAGED_COUNT
-
-
-# How bitsandbytes keeps Adam's moments: 8-bit codes in blocks of 256 with float32
-# scales, small tensors in 32 bits, and only large ones paged.
-MIN_8BIT_COUNT = 4096
-MIN_PAGED_COUNT = 100_000
-STATE_BLOCK_SIZE = 256
-
-# By the names that transformers' TrainingArguments(optim=...) has for them. The
-# unfused one of torch holds the root of the second moment of all parameters at once.
-OPTIMIZERS = {
-    "adamw_torch_fused": _Optimizer(),
-    "adamw_torch": _Optimizer(temporary_bytes=4),
-    "adamw_8bit": _Optimizer(state_bits=8),
-    "paged_adamw_32bit": _Optimizer(paged=True),
-    "paged_adamw_8bit": _Optimizer(state_bits=8, paged=True),
-}
-
-
-@dataclass(frozen=True)
 class _Run:
     """The settings that decide on memory and that a suggestion may change."""
 
@@ -86,7 +53,7 @@ def estimate_memory(
     batch_size: int = 1,
     sequence_length: int = 512,
     rank: int = 64,
-    optimizer: str = "paged_adamw_32bit",
+    optimizer: str = DEFAULT_OPTIMIZER,
     gradient_checkpointing: bool = True,
     gradient_accumulation: int = 1,
     weights: Literal["4bit", "16bit"] = "4bit",
@@ -116,8 +83,12 @@ def estimate_memory(
         batch_size: Sequences that are computed at a time.
         sequence_length: Tokens of a sequence.
         rank: Rank of the adapters.
-        optimizer: A name from ``TrainingArguments(optim=...)``: "adamw_torch_fused",
-            "adamw_torch", "adamw_8bit", "paged_adamw_32bit" or "paged_adamw_8bit".
+        optimizer: "qlora_paged_adamw_32bit" or "qlora_paged_adamw_8bit" for
+            :class:`~qlora_lib.PagedAdamW`, whose state is paged as a whole; on the card
+            it has to have room for four pages while it takes a step. Or a name from
+            ``TrainingArguments(optim=...)``: "adamw_torch_fused", "adamw_torch", and of
+            bitsandbytes "adamw_8bit", "paged_adamw_32bit" or "paged_adamw_8bit", which
+            page large tensors only.
         gradient_checkpointing: Whether to keep only the input of each layer, and to
             compute the layer once more in the backward pass.
         gradient_accumulation: Batches whose gradients are added before the optimizer
@@ -174,23 +145,20 @@ def _estimate(source: Any, run: _Run, plan: dict[str, Any]) -> MemoryEstimate:
         run.gradient_checkpointing,
         run.gradient_accumulation,
     )
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    adam = OPTIMIZERS[run.optimizer]
-    state = {True: 0, False: 0}
-    for count in trained:
-        state[adam.pages(count)] += adam.state_bytes(count)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = OPTIMIZERS[run.optimizer](trained)
     held = dataclasses.replace(
         _model_parts(model, plan["trained"]),
-        optimizer_state=state[False],
+        optimizer_state=adam.state,
         workspace=CUBLAS_WORKSPACES,
     )
     phases = {phase: _add(held, parts) for phase, parts in live.peaks.items()}
-    optimizing = live.live + Counter(workspace=adam.temporary_bytes * sum(trained))
+    optimizing = live.live + Counter(workspace=adam.step)
     phases["optimizer"] = _add(held, optimizing)
     return MemoryEstimate(
         largest=_add(held, live.largest | optimizing),
         phases=phases,
-        paged_state=state[True],
+        paged_state=adam.paged_state,
     )
 
 
@@ -259,8 +227,8 @@ def _levers(run: _Run) -> list[list[Change]]:
     levers: list[list[Change]] = []
     if not run.gradient_checkpointing:
         levers.append([{"gradient_checkpointing": True}])
-    if not OPTIMIZERS[run.optimizer].paged:
-        levers.append([{"optimizer": "paged_adamw_32bit"}])
+    if run.optimizer != DEFAULT_OPTIMIZER:
+        levers.append([{"optimizer": DEFAULT_OPTIMIZER}])
     for name, least in (("batch_size", 1), ("sequence_length", 128), ("rank", 8)):
         value, steps = getattr(run, name) // 2, []
         while value >= least:

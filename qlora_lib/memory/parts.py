@@ -32,8 +32,9 @@ class MemoryParts:
         activations: What layers keep for their backward pass, of one layer at a time
             with gradient checkpointing, and their temporaries.
         logits: Logits, their float32 copy, log-probabilities, and their gradients.
-        workspace: A weight dequantized for one product, the workspace of cuBLAS, and
-            temporaries of the optimizer.
+        workspace: A weight dequantized for one product, the workspace of cuBLAS, and,
+            while the optimizer takes its step, its temporaries, or the pages of state
+            that come and go.
     """
 
     weights: int = 0
@@ -62,8 +63,8 @@ class MemoryEstimate:
             sum is above the peak.
         phases: The parts when most is in use, in each phase of a step after the first:
             ``"forward"`` up to the loss, ``"backward"``, and ``"optimizer"``.
-        paged_state: Optimizer state in managed memory, which moves to the host when
-            the card is full and is no part of the peak.
+        paged_state: Optimizer state in pages, which move to the host when the card is
+            full and are no part of the peak.
         device_bytes: Memory of the card to fit on, or None.
         suggestions: Changes of the arguments of :func:`estimate_memory` with which the
             run fits, each estimated; empty if it fits already, or if none was found.

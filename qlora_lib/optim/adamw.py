@@ -84,7 +84,6 @@ class PagedAdamW(Optimizer):
         page_bytes: int = PAGE_BYTES,
         device: Device | None = None,
     ) -> None:
-        _check_numbers(lr, betas, eps, weight_decay)
         if state_bits not in FIELDS:
             raise ValueError(f"state_bits must be 32 or 8, got {state_bits!r}")
         least = state_bytes(PROGRAM, state_bits)
@@ -128,10 +127,17 @@ class PagedAdamW(Optimizer):
         return self._paged.pages.resident / self._paged.layout.page_count
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; moments that there are already stay as they are."""
+        """Add a parameter group; moments that there are already stay as they are.
+
+        Raises:
+            TypeError: If a parameter is not a dense one of the types of the class.
+            ValueError: If an option is out of range or not known, or a parameter is on
+                another device or given twice. The groups are as before then.
+        """
         super().add_param_group(param_group)
         expected = list(self._expected)
         try:
+            _check_group(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
                 expected.append(expect(parameter, expected))
             paged = PagedState(
@@ -224,6 +230,8 @@ class PagedAdamW(Optimizer):
         # stand beside those of others: the last before loading, the first after it.
         def keep_moments(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             steps, found = self._checked(saved)
+            if found:  # before anything is changed
+                self._paged.take_memory()
             moments.update(found)
             return {**saved, "state": steps}
 
@@ -307,12 +315,7 @@ class PagedAdamW(Optimizer):
         ids = []
         for group in saved["param_groups"]:
             ids += group["params"]
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise ValueError(
-                        f"state_dict has {name}=True, which PagedAdamW does not know: "
-                        "load it into torch.optim.AdamW"
-                    )
+            _check_variants(group)
         steps, moments = {}, {}
         for number, (key, expected) in enumerate(
             zip(ids, self._expected, strict=False)
@@ -324,14 +327,24 @@ class PagedAdamW(Optimizer):
         return steps, moments
 
 
-def _check_numbers(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be in [0, 1), got {betas}")
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must be at least 0, got {group[name]}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+    if len({id(parameter) for parameter in group["params"]}) < len(group["params"]):
+        raise ValueError("params has a parameter twice: give each once")
+    _check_variants(group)
+
+
+def _check_variants(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(
+                f"a parameter group has {name}=True, which PagedAdamW does not know: "
+                "use torch.optim.AdamW"
+            )
 
 
 def _factors(group: dict[str, Any], step: int) -> Factors:

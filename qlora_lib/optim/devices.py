@@ -7,6 +7,7 @@ page waits for the event of its arrival.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections import deque
@@ -95,6 +96,9 @@ class CudaDevice:
                 "raise the limit of locked memory",
                 stacklevel=2,
             )
+            # The next launch would report the error once more.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self._device)
         elif size:
             streams = self._in, self._out
             unpin = weakref.finalize(memory.untyped_storage(), _unpin, address, streams)

@@ -56,6 +56,15 @@ class PagedState:
     @property
     def pages(self) -> HostPages:
         """The pages, in memory that is taken now if it was not yet."""
+        return self.take_memory()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether memory has been taken."""
+        return self._pages is not None
+
+    def take_memory(self) -> HostPages:
+        """Take host memory for all pages, if that has not been done."""
         if self._pages is None:
             count, on = self.layout.page_count, self._parameters[0].device
             device = self._device or (CudaDevice(on) if on.type == "cuda" else None)
@@ -65,11 +74,6 @@ class PagedState:
                 else Pager(count, self.page_bytes, device, self._budget)
             )
         return self._pages
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether memory has been taken."""
-        return self._pages is not None
 
     def update(self, work: Sequence[Work | None]) -> None:
         """Take a step with the parameters that have work to do."""

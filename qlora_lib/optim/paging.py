@@ -24,6 +24,8 @@ from qlora_lib.optim.devices import Device
 # One slot is read from the host, one is updated, one is written to the host, and one
 # more evens out what does not take equally long.
 STAGING_SLOTS = 4
+# Walks after which there is another look whether pages on the host have room again.
+LONGEST_WAIT = 64
 
 
 class Pages(NamedTuple):
@@ -272,7 +274,7 @@ class Pager(HostPages):
         if self._last_put_off < self._walks:
             self._last_put_off = self._walks
             self._next_return = self._walks + 1 + self._wait
-            self._wait *= 2
+            self._wait = min(2 * self._wait, LONGEST_WAIT)
 
     def _copy_in(self, page: int, place: Tensor, *after: Any) -> Any:
         self._counters.bytes_in += self.page_bytes

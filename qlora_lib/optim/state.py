@@ -12,8 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_lib.kernels.parameter_table import PROGRAM, STATE_BLOCK_SIZE
-from qlora_lib.numerics.codebooks import DYNAMIC8, DYNAMIC8_UNSIGNED
+from qlora_lib.kernels.parameter_table import (
+    PROGRAM,
+    STATE_BLOCK_SIZE,
+    STATE_CODEBOOKS,
+)
 from qlora_lib.optim.layout import Layout, Segment
 from qlora_lib.optim.update import (
     Codes,
@@ -53,8 +56,6 @@ FIELDS = {
         "exp_avg_sq_scales": Field(torch.float32, STATE_BLOCK_SIZE),
     },
 }
-# The first moment has both signs, the second none.
-CODEBOOKS = {"exp_avg": DYNAMIC8, "exp_avg_sq": DYNAMIC8_UNSIGNED}
 
 
 def state_bytes(count: int, state_bits: int) -> int:
@@ -96,7 +97,7 @@ def update_segment(
             parameter, gradient, state["exp_avg"], state["exp_avg_sq"], factors
         )
     else:
-        moments = [_codes(state, name) for name in CODEBOOKS]
+        moments = [_codes(state, name) for name in STATE_CODEBOOKS]
         update_8bit(parameter, gradient, moments[0], moments[1], factors)
 
 
@@ -141,10 +142,10 @@ def dequantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the moments of a parameter's 8-bit state in float32."""
     return {
         name: _codes(state, name).dequantize().view(state[f"{name}_codes"].shape)
-        for name in CODEBOOKS
+        for name in STATE_CODEBOOKS
     }
 
 
 def _codes(state: Mapping[str, Tensor], name: str) -> Codes:
     codes, scales = state[f"{name}_codes"], state[f"{name}_scales"]
-    return Codes(codes.view(-1), scales, CODEBOOKS[name])
+    return Codes(codes.view(-1), scales, STATE_CODEBOOKS[name])

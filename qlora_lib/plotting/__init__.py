@@ -23,6 +23,7 @@ from qlora_lib.plotting.memory import (
     memory_timeline,
     memory_waterfall,
 )
+from qlora_lib.plotting.paging import misses_by_room, paging_cost, paging_timeline
 from qlora_lib.plotting.results import (
     bits_bars,
     error_by_block_size,
@@ -46,8 +47,11 @@ __all__ = [
     "memory_timeline",
     "memory_waterfall",
     "merge_survival",
+    "misses_by_room",
     "number_line",
     "number_lines",
+    "paging_cost",
+    "paging_timeline",
     "quantile_bins",
     "rank_repair",
     "relative_precision",

@@ -87,7 +87,7 @@ def test_it_trains_as_the_library_does(qlora, base, pairs, short_run, tmp_path):
     assert (report["pairs"], report["steps"]) == (6, 4)
     longest = max(len(example["input_ids"]) for example in examples)
     run = f"--rank 4 --gradient-accumulation 2 --sequence-length {longest}"
-    run += " --optimizer adamw_torch --gpu 4 --json"
+    run += " --gpu 4 --json"
     planned = json.loads(qlora("memory", base, *run.split()).stdout)
     assert report["estimated_bytes"] == planned["on_card"]
     model.save_pretrained(str(tmp_path / "expected"))
@@ -205,7 +205,7 @@ def test_a_run_that_does_not_fit_is_told_with_what_would(
     qlora, base, pairs, tmp_path, no_weights
 ):
     words = ("finetune", base, pairs, tmp_path / "out", "--batch-size", "8")
-    words += ("--no-gradient-checkpointing",)
+    words += ("--no-gradient-checkpointing", "--rank", "16")
     result = qlora(*words, "--gpu", "0.5", "--json")
     assert result.exit_code == 3
     shown = json.loads(result.stdout)

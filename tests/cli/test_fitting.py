@@ -10,7 +10,3 @@ def test_fewer_rows_are_the_same_batch_in_equal_parts(batch_size, rows, parts):
     change = _as_options({"batch_size": rows, "rank": 8}, batch_size)
     assert change == {"gradient_accumulation": parts, "rank": 8}
     assert as_flags(change) == f"--rank 8 --gradient-accumulation {parts}"
-
-
-def test_what_the_command_cannot_change_is_not_suggested():
-    assert _as_options({"optimizer": "paged_adamw_32bit", "rank": 8}, 4) is None

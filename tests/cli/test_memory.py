@@ -126,6 +126,6 @@ def test_a_model_without_linear_layers_is_refused(failing, tmp_path, base):
 def test_nonsense_is_refused(failing, base):
     assert "device_gib" in failing("memory", base, "--gpu", "-1")
     message = failing("memory", base, "--optimizer", "sgd")
-    assert "paged_adamw_32bit" in message
+    assert "qlora_paged_adamw_32bit" in message
     message = failing("memory", base, "--trained", "all")
     assert "16bit" in message

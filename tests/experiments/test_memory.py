@@ -80,4 +80,4 @@ def test_all_sizes_are_measured_and_the_largest_is_paged():
     }
     assert any(r.model == "llama-7b" and r.sequence_length == 2048 for r in runs)
     largest = {run.optimizer for run in runs if run.model == "llama-65b"}
-    assert largest == {memory.PAGED, memory.PAGED_8BIT}
+    assert largest == {memory.OURS, memory.PAGED, memory.PAGED_8BIT}

@@ -124,7 +124,7 @@ def test_a_step_that_fails_costs_only_itself():
 
     steps = {"first": lambda: calls.append("first"), "second": second_fails}
     times = paging_timing.alternate(steps, "cpu", rounds=4, group_seconds=0.0)
-    assert calls == ["first", "second"] * 4  # in turns
+    assert calls == ["first", "second", "second", "first"] * 2  # in turns
     assert times["second"] == {"error": "OutOfMemoryError: no memory"}
     assert times["first"]["steps_per_group"] == 1
 
@@ -183,8 +183,9 @@ def test_ratios_and_their_targets():
         times(0.1, optimizer=FUSED),
         times(1.0, optimizer=paging_candidates.COPIES),
     ]
+    way = {"batch_size": 1, "sequence": 512}
     runs = [
-        times(t, optimizer=o, budget_share=s, accumulation=a, sequence=512)
+        times(t, optimizer=o, budget_share=s, **way, accumulation=a)
         for a in (1, 16)
         for t, o, s in ((1.02, PAGED, 0.0), (1.0, PAGED, 1.0), (0.9, FUSED, None))
     ]

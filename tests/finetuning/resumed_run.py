@@ -1,9 +1,10 @@
 """One fine-tuning run in a process of its own, which can be killed on the way.
 
-    python resumed_run.py FOLDER [resume] [forward=N | save=N]
+    python resumed_run.py FOLDER [resume] [bits=8] [budget=BYTES] [forward=N | save=N]
 
-The process kills itself in the N-th forward pass, or in the middle of saving step N.
-Else it prints the losses, and a checksum of the adapter, as JSON.
+The optimizer's state has so many bits, by default 32; with a budget it moves to a
+simulated device. The process kills itself in the N-th forward pass, or in the middle of
+saving step N. Else it prints the losses, and a checksum of the adapter, as JSON.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from qlora_lib.finetuning.checkpoints import CheckpointTrainer, adapter_tensors
 from qlora_lib.finetuning.data import InstructionPair, encode_pairs
 from qlora_lib.finetuning.training import add_adapters, finetune
 from qlora_lib.nn import quantize_linears
+from qlora_lib.optim import PagedAdamW, SimulatedDevice
 
 BASE = Path(__file__).parents[2] / "models" / "base"
 STEPS, SAVE_EVERY, PARTS = 5, 2, 2
@@ -56,6 +59,10 @@ def main(folder: str, *words: str) -> None:
                 die()
 
         CheckpointTrainer._save_rng_state = save_and_die
+    paging = {"state_bits": int(options.get("bits", 32)), "page_bytes": 2**16}
+    if "budget" in options:
+        paging["device"] = SimulatedDevice(2**30)
+        paging["device_budget"] = int(options["budget"])
     losses = finetune(
         model,
         tokenizer,
@@ -64,6 +71,7 @@ def main(folder: str, *words: str) -> None:
         batch_size=4,
         gradient_accumulation=PARTS,
         learning_rate=1e-2,
+        optimizer=partial(PagedAdamW, **paging),
         output_dir=folder,
         save_every=SAVE_EVERY,
         resume="resume" in words,

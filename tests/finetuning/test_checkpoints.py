@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,13 @@ from qlora_lib.finetuning.checkpoints import (
 from qlora_lib.finetuning.data import InstructionPair, encode_pairs
 from qlora_lib.finetuning.training import add_adapters, finetune
 from qlora_lib.nn import quantize_linears
+from qlora_lib.optim import PagedAdamW
 
 SCRIPT = Path(__file__).with_name("resumed_run.py")
 PAIRS = [InstructionPair("p" * n, "a" * (12 - n)) for n in range(1, 8)]
 RUN = {"steps": 5, "batch_size": 3, "save_every": 2, "learning_rate": 1e-2}
+# As the optimizer of finetune, with changes.
+RECIPE = partial(PagedAdamW, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 # In separate processes
@@ -47,10 +51,12 @@ def run(folder: Path, *words: str, ends: int = 0) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1]) if not ends else {}
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+@pytest.fixture(scope="module", params=["bits=32", "bits=8"])
+def whole_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict, Path]:
     folder = tmp_path_factory.mktemp("whole")
-    return run(folder), folder
+    return request.param, run(folder, request.param), folder
 
 
 def same_bits(first: object, second: object) -> bool:
@@ -66,16 +72,17 @@ def same_bits(first: object, second: object) -> bool:
 
 
 def test_a_run_that_is_killed_twice_resumes_bit_for_bit(
-    whole_run: tuple[dict, Path], tmp_path: Path
+    whole_run: tuple[str, dict, Path], tmp_path: Path
 ) -> None:
+    bits, expected, whole = whole_run
     # A step is computed in two parts, so the seventh pass is in the fourth step.
-    run(tmp_path, "forward=7", ends=-signal.SIGKILL)
+    run(tmp_path, bits, "forward=7", ends=-signal.SIGKILL)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    run(tmp_path, "resume", "save=4", ends=-signal.SIGKILL)
+    # The state of a run may be paged in another way each time.
+    run(tmp_path, bits, "resume", "save=4", "budget=400000", ends=-signal.SIGKILL)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint-2", ".checkpoint-4.partial"}
-    expected, whole = whole_run
-    assert run(tmp_path, "resume") == expected
+    assert run(tmp_path, bits, "resume", "budget=65536") == expected
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint-4", "checkpoint-5"}
     for name in left:
@@ -258,7 +265,9 @@ def test_a_run_that_stops_early_saves_its_last_step(
         ({"gradient_accumulation": 3}, "gradient_accumulation is 3"),
         ({"learning_rate": 1e-3}, "learning_rate is 0.001, but .* had 0.01"),
         ({"seed": 1}, "seed is 1"),
-        ({"optimizer": torch.optim.SGD}, "optimizer is .*SGD"),
+        ({"optimizer": torch.optim.AdamW}, "optimizer is 'AdamW', .* 'PagedAdamW'"),
+        ({"optimizer": partial(RECIPE, state_bits=8)}, "state_bits is 8, .* 32"),
+        ({"optimizer": partial(RECIPE, eps=1e-6)}, "optimizer's eps is 1e-06"),
     ],
 )
 def test_other_settings_are_refused_by_name(

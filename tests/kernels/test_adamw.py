@@ -12,8 +12,12 @@ from torch import Tensor
 
 from qlora_lib.kernels import adamw
 from qlora_lib.kernels.adamw import search_tree, state_tables, update_pages
-from qlora_lib.kernels.parameter_table import PROGRAM, ParameterTable
-from qlora_lib.numerics import DYNAMIC8, DYNAMIC8_UNSIGNED, Codebook
+from qlora_lib.kernels.parameter_table import (
+    PROGRAM,
+    STATE_CODEBOOKS,
+    ParameterTable,
+)
+from qlora_lib.numerics import DYNAMIC8, Codebook
 from qlora_lib.numerics.blockwise import (
     absmax_scales,
     dequantize_blockwise,
@@ -23,7 +27,7 @@ from qlora_lib.optim.update import Factors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_BITS = [32, 8]
-CODEBOOKS = [DYNAMIC8, DYNAMIC8_UNSIGNED]
+CODEBOOKS = list(STATE_CODEBOOKS.values())
 # Several in a program's worth of pages, one over three pages, with every remainder.
 COUNTS = [1, 5000, 255, 257, 2048, 2049]
 FACTORS = Factors.of_step(3, 1e-3, (0.9, 0.999), 1e-8, 0.01)
@@ -669,3 +673,19 @@ def test_many_pages(dtype, state_bits):
     assert same(at_once.results(), one_by_one.results())
     if state_bits == 32:
         check_step(random_slab(counts, "cuda", **rest))
+
+
+def test_8_bits_never_round_a_second_moment_to_zero(device):
+    """A parameter whose next gradient is zero would jump: it is divided by the root."""
+    gradient = torch.full((256,), 1e-4)
+    gradient[0] = 1.0
+    factors = [Factors.of_step(step, 1.0, (0.9, 0.999), 1e-8, 0.0) for step in (1, 2)]
+    slab = Slab([torch.zeros(256)], [gradient], [factors[0]], device, 8)
+    slab.set_moments(0, torch.zeros(256), torch.zeros(256))
+    slab.update()
+    assert slab.read(1, 0).tolist() == [255, *[1] * 255]
+    after_one = slab.parameters[0].clone()
+    slab.gradients[0].zero_()
+    slab.factors = [factors[1]]
+    slab.update()
+    assert (slab.parameters[0] - after_one).abs().max() < 1
