@@ -139,8 +139,8 @@ def test_strides_make_no_difference(bits):
         base = torch.randn(70, 60, generator=source).cuda()
         line = torch.randn(9001, generator=source).cuda()
         return [
-            torch.nn.Parameter(base.t()),
-            torch.nn.Parameter(base[::2, 1::3]),
+            torch.nn.Parameter(base.clone().t()),
+            torch.nn.Parameter(base.clone()[::2, 1::3]),
             torch.nn.Parameter(line[1:]),  # not at an address divisible by 16
         ]
 
