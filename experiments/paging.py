@@ -90,7 +90,10 @@ def full_parts() -> list[Part]:
     ]
     # Bytes of the state of both.
     link = Part("link", {"sizes": [1_280_000_000, 6_400_000_000]})
-    return [link, *updates, Part("training"), Part("spike"), Part("trace")]
+    # A batch of 16, one sequence at a time, and each so long that the GPU takes longer
+    # than the host.
+    long = Part("training", {"ways": ((1, 1, 6144, 2, 1.5), (1, 16, 6144, 3, 0.0))})
+    return [link, *updates, Part("training"), long, Part("spike"), Part("trace")]
 
 
 def quick_parts() -> list[Part]:

@@ -20,7 +20,7 @@ from qlora_lib.cli.options import (
 )
 from qlora_lib.cli.output import show_result, working
 from qlora_lib.cli.status import DOES_NOT_FIT
-from qlora_lib.memory.optimizers import DEFAULT_OPTIMIZER
+from qlora_lib.memory.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from qlora_lib.memory.parts import GIB
 from qlora_lib.memory.planned_model import LLAMA_SHAPES
 
@@ -70,8 +70,8 @@ def memory(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="qlora_paged_adamw_32bit, that of qlora finetune, or with 8bit; or a "
-            "name from TrainingArguments(optim=...) of transformers."
+            help="The first is that of qlora finetune; those without qlora are named "
+            f"as in transformers: {', '.join(OPTIMIZERS)}."
         ),
     ] = DEFAULT_OPTIMIZER,
     no_gradient_checkpointing: NoGradientCheckpointing = False,
@@ -160,7 +160,9 @@ def _table(model: str, found: MemoryEstimate) -> Table:
     table.add_row("in use at the peak", f"{found.peak / GIB:.3f}")
     table.add_row("on the card, with an allowance", f"{found.on_card / GIB:.3f}")
     if found.paged_state:
-        table.add_row("paged, on the host if need be", f"{found.paged_state / GIB:.3f}")
+        table.add_row(
+            "paged, for which the host has room", f"{found.paged_state / GIB:.3f}"
+        )
     return table
 
 

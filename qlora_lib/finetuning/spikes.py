@@ -32,7 +32,8 @@ class SpikeTrainer(Trainer):
     backward pass that fails leaves the gradients of some layers and not of others, so
     all parts of the batch so far are computed again, from no gradients on, each with
     the random numbers that it had: the step is the one that it would have been, bit for
-    bit. It is for training in one process; with several, one alone would begin again.
+    bit. In training with several processes the error is raised: one that began again
+    alone would add its gradients to those of another step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,7 +50,7 @@ class SpikeTrainer(Trainer):
         compute = super().training_step
         # accelerate puts an optimizer of its own around the one that is given.
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not hasattr(optimizer, "evict"):
+        if not hasattr(optimizer, "evict") or self.args.world_size > 1:
             return compute(model, inputs, num_items_in_batch)
         if _has_no_gradients(optimizer):  # this is the first part of a batch
             self._parts.clear()
@@ -58,7 +59,7 @@ class SpikeTrainer(Trainer):
         def make_room() -> int:
             freed: int = optimizer.evict()
             if freed:
-                logger.info(
+                logger.warning(
                     "GPU memory ran out in step %d: %.2f GiB of optimizer state were "
                     "moved to the host, and the step begins again",
                     self.state.global_step + 1,

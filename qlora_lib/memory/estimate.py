@@ -132,7 +132,7 @@ def estimate_memory(
     estimate = dataclasses.replace(estimate, device_bytes=device_bytes)
     if estimate.fits:
         return estimate
-    suggestions = _suggest(config_or_model, run, plan, device_bytes)
+    suggestions = _suggest(config_or_model, run, plan, estimate.on_card, device_bytes)
     return dataclasses.replace(estimate, suggestions=suggestions)
 
 
@@ -193,13 +193,19 @@ def _add(held: MemoryParts, parts: Mapping[str, int]) -> MemoryParts:
 
 
 def _suggest(
-    source: Any, run: _Run, plan: dict[str, Any], device_bytes: int
+    source: Any, run: _Run, plan: dict[str, Any], on_card: int, device_bytes: int
 ) -> tuple[Change, ...]:
-    """Each change that is enough by itself, or else the first sum of them that is."""
+    """Each change that is enough by itself, or else the first sum of them that is.
 
-    def fits(changed: _Run) -> bool:
-        estimate = _estimate(source, changed, plan)
-        return estimate.on_card <= device_bytes
+    A sum has no change that saves nothing.
+    """
+
+    def needed_by(change: Change) -> int:
+        changed = dataclasses.replace(run, **change)
+        return _estimate(source, changed, plan).on_card
+
+    def fits(change: Change) -> bool:
+        return needed_by(change) <= device_bytes
 
     least = _model_parts(planned_model(source, rank=1, **plan), plan["trained"])
     if least.total + BEYOND_ALLOCATOR > device_bytes:
@@ -207,17 +213,18 @@ def _suggest(
     levers = _levers(run)
     enough = []
     for steps in levers:
-        if steps and fits(dataclasses.replace(run, **steps[-1])):
+        if steps and fits(steps[-1]):
             # The mildest change that is enough.
-            change = next(c for c in steps if fits(dataclasses.replace(run, **c)))
-            enough.append(change)
+            enough.append(next(change for change in steps if fits(change)))
     if enough:
         return tuple(enough)
     together: Change = {}
     for steps in levers:
         for change in steps:
-            together |= change
-            if fits(dataclasses.replace(run, **together)):
+            needed = needed_by(together | change)
+            if needed < on_card:
+                together, on_card = together | change, needed
+            if needed <= device_bytes:
                 return (together,)
     return ()
 

@@ -64,7 +64,8 @@ class MemoryEstimate:
         phases: The parts when most is in use, in each phase of a step after the first:
             ``"forward"`` up to the loss, ``"backward"``, and ``"optimizer"``.
         paged_state: Optimizer state in pages, which move to the host when the card is
-            full and are no part of the peak.
+            full and are no part of the peak. The host needs room for all of it;
+            :class:`~qlora_lib.PagedAdamW` takes that room in its first step.
         device_bytes: Memory of the card to fit on, or None.
         suggestions: Changes of the arguments of :func:`estimate_memory` with which the
             run fits, each estimated; empty if it fits already, or if none was found.

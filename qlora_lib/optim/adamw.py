@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from qlora_lib.kernels.parameter_table import PROGRAM
+from qlora_lib.optim.arguments import (
+    check_budget,
+    check_bytes,
+    check_group,
+    check_options,
+)
 from qlora_lib.optim.devices import Device
 from qlora_lib.optim.expected import ExpectedParameter, expect
 from qlora_lib.optim.paged_state import PagedState
-from qlora_lib.optim.paging import STAGING_SLOTS, Counters, check_budget
+from qlora_lib.optim.paging import STAGING_SLOTS, Counters
 from qlora_lib.optim.spikes import attempt_with_room
 from qlora_lib.optim.state import FIELDS, dequantized, state_bytes
 from qlora_lib.optim.update import Factors
@@ -65,10 +71,11 @@ class PagedAdamW(Optimizer):
             :class:`~qlora_lib.optim.devices.SimulatedDevice`.
 
     Raises:
-        TypeError: If a parameter is not a dense one of these types.
-        ValueError: If the parameters are on several devices, a number is out of range,
-            or ``device_budget`` or ``page_bytes`` is too small, with the least that
-            works.
+        TypeError: If a parameter is not a dense one of these types, ``device_budget``
+            or ``page_bytes`` not a whole number, or ``device`` no device for pages.
+        ValueError: If the parameters are on several devices or not where ``device``
+            is for, a number is out of range, or ``device_budget`` or ``page_bytes`` is
+            too small, with the least that works.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class PagedAdamW(Optimizer):
     ) -> None:
         if state_bits not in FIELDS:
             raise ValueError(f"state_bits must be 32 or 8, got {state_bits!r}")
+        check_bytes("page_bytes", page_bytes)
         least = state_bytes(PROGRAM, state_bits)
         if page_bytes < least:
             raise ValueError(f"page_bytes must be at least {least}, got {page_bytes}")
@@ -111,12 +119,15 @@ class PagedAdamW(Optimizer):
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the GPU that a step takes with nothing resident."""
+        """Bytes of the GPU that a step takes with nothing resident, or its budget."""
         return min(self.state_bytes, STAGING_SLOTS * self._paged.page_bytes)
 
     @property
     def counters(self) -> Counters:
-        """Bytes moved, stalls and evictions since the first step."""
+        """Bytes moved, stalls and evictions since the first step.
+
+        A group that is added later makes new pages, which are counted from zero.
+        """
         return self._paged.pages.counters if self._paged.is_in_use else Counters()
 
     @property
@@ -129,15 +140,19 @@ class PagedAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; moments that there are already stay as they are.
 
+        After a first step they are copied to new pages, which takes host memory for
+        both and for a copy meanwhile, and the counters begin again.
+
         Raises:
             TypeError: If a parameter is not a dense one of the types of the class.
-            ValueError: If an option is out of range or not known, or a parameter is on
-                another device or given twice. The groups are as before then.
+            ValueError: If an option is out of range, ``amsgrad`` or ``maximize`` is
+                set, a parameter is on another device or given twice, or a page does not
+                fit into the budget any more. The groups are as before then.
         """
         super().add_param_group(param_group)
         expected = list(self._expected)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
                 expected.append(expect(parameter, expected))
             paged = PagedState(
@@ -172,7 +187,8 @@ class PagedAdamW(Optimizer):
         Raises:
             TypeError: If a gradient is sparse or of another type than its parameter.
             ValueError: If a parameter has changed its shape, type or device since it
-                was given to the optimizer. Nothing has been changed then.
+                was given to the optimizer, or the groups have more or fewer of them.
+                Nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -272,6 +288,13 @@ class PagedAdamW(Optimizer):
     def _work_of_step(self) -> list[Work | None]:
         """What the step does to each parameter; checked before anything is done."""
         work: list[Work | None] = []
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if count != len(self._expected):
+            raise ValueError(
+                f"param_groups has {count} parameters, and PagedAdamW was given "
+                f"{len(self._expected)}: to have one rest, set its gradient to None; "
+                "to have more, call add_param_group"
+            )
         for group in self.param_groups:
             factors: dict[int, Factors] = {}
             for parameter in group["params"]:
@@ -312,39 +335,21 @@ class PagedAdamW(Optimizer):
         self, saved: dict[str, Any]
     ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Tensor]]]:
         """The steps of a state dict by its own numbers, the moments by ours."""
-        ids = []
-        for group in saved["param_groups"]:
-            ids += group["params"]
-            _check_variants(group)
+        groups = saved["param_groups"]
+        ids = [key for group in groups for key in group["params"]]
+        if len(groups) == len(self.param_groups):  # else the base class refuses them
+            for group in groups:
+                check_options(group)
         steps, moments = {}, {}
         for number, (key, expected) in enumerate(
             zip(ids, self._expected, strict=False)
         ):
-            if key in saved["state"]:
-                state = saved["state"][key]
+            state = saved["state"].get(key)
+            # Before a first step there are no moments to speak of.
+            if state and state.get("step", 1) > 0:
                 moments[number] = expected.check_state(state, number, self.state_bits)
                 steps[key] = {"step": int(state["step"])}
         return steps, moments
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must be at least 0, got {group[name]}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
-    if len({id(parameter) for parameter in group["params"]}) < len(group["params"]):
-        raise ValueError("params has a parameter twice: give each once")
-    _check_variants(group)
-
-
-def _check_variants(group: dict[str, Any]) -> None:
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ValueError(
-                f"a parameter group has {name}=True, which PagedAdamW does not know: "
-                "use torch.optim.AdamW"
-            )
 
 
 def _factors(group: dict[str, Any], step: int) -> Factors:

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ RESERVE = 512 * 2**20
 MOST_WAITS = 1000
 
 
+@runtime_checkable
 class Device(Protocol):
     """What a pager needs of a device; an event is what its copies return."""
 
@@ -63,6 +64,7 @@ class CudaDevice:
     """A GPU: pinned host memory, and a stream for the copies of each direction.
 
     Computing goes on in the current stream of whoever calls, so that the three overlap.
+    That has to be the same stream each time, or one that has waited for it.
 
     Args:
         device: The CUDA device.
@@ -88,17 +90,18 @@ class CudaDevice:
         memory = torch.zeros(size, dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         address = memory.data_ptr()
-        error = int(runtime.cudaHostRegister(address, size, 0)) if size else 0
+        with torch.cuda.device(self._device):
+            error = int(runtime.cudaHostRegister(address, size, 0)) if size else 0
         if error:
+            # The next launch would report the error once more.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self._device)
             warnings.warn(
                 f"{size} bytes of host memory cannot be pinned (CUDA error {error}), "
                 "so optimizer state moves slowly and by itself: free host memory, or "
                 "raise the limit of locked memory",
                 stacklevel=2,
             )
-            # The next launch would report the error once more.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=self._device)
         elif size:
             streams = self._in, self._out
             unpin = weakref.finalize(memory.untyped_storage(), _unpin, address, streams)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_lib.optim.state import FIELDS
 
@@ -29,10 +29,12 @@ class ExpectedParameter(NamedTuple):
             number: Of the parameter, for the message.
 
         Raises:
-            TypeError: If the gradient is sparse or of another type.
+            TypeError: If the gradient is sparse or of another type, or the parameter
+                has been exchanged for one whose numbers lie in other tensors.
             ValueError: If shape, type or device are not as they were.
         """
         shape, dtype, device = self
+        _refuse_wrapper(parameter, number)
         if parameter.shape != shape or parameter.device != device:
             self._complain(parameter, number)
         if gradient.dtype is not dtype or parameter.dtype is not dtype:
@@ -69,7 +71,7 @@ class ExpectedParameter(NamedTuple):
             shape = [*self.shape]
             if field.numbers > 1:
                 shape = [field.length(self.shape.numel())]
-            tensor = state[name]
+            tensor = torch.as_tensor(state[name])
             if [*tensor.shape] != shape or (
                 tensor.dtype != field.dtype
                 and not (state_bits == 32 and tensor.is_floating_point())
@@ -101,7 +103,8 @@ def expect(parameter: Tensor, others: list[ExpectedParameter]) -> ExpectedParame
         others: Those that the optimizer has already.
 
     Raises:
-        TypeError: If it is of a type that has no update here.
+        TypeError: If it is of a type that has no update here, or its numbers lie in
+            other tensors.
         ValueError: If it is on another device than the others.
     """
     if parameter.dtype not in DTYPES or parameter.layout is not torch.strided:
@@ -109,12 +112,24 @@ def expect(parameter: Tensor, others: list[ExpectedParameter]) -> ExpectedParame
             f"parameter {len(others)} is {_describe(parameter)} {parameter.layout}: "
             "PagedAdamW takes dense float32, bfloat16 and float16 parameters"
         )
+    _refuse_wrapper(parameter, len(others))
     if others and parameter.device != others[0].device:
         raise ValueError(
             f"parameter {len(others)} is on {parameter.device} and others are on "
-            f"{others[0].device}: make one optimizer for each device"
+            f"{others[0].device}: make one optimizer for each device, or use "
+            "torch.optim.AdamW"
         )
     return ExpectedParameter(parameter.shape, parameter.dtype, parameter.device)
+
+
+def _refuse_wrapper(parameter: Tensor, number: int) -> None:
+    """Raise if a parameter, as a DTensor, has no memory of its own to be updated."""
+    kind = type(parameter)
+    if kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):
+        raise TypeError(
+            f"parameter {number} is a {kind.__name__}, whose numbers lie in other "
+            "tensors: give PagedAdamW plain tensors, or use torch.optim.AdamW"
+        )
 
 
 def _describe(tensor: Tensor | ExpectedParameter) -> str:

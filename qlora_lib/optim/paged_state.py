@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from qlora_lib.kernels.dispatch import runs_triton
+from qlora_lib.optim.arguments import check_device
 from qlora_lib.optim.devices import CudaDevice, Device
 from qlora_lib.optim.expected import ExpectedParameter
 from qlora_lib.optim.layout import Layout
@@ -44,6 +46,8 @@ class PagedState:
         device: Device | None,
         device_budget: int | None,
     ) -> None:
+        if device is not None and parameters:
+            check_device(device, parameters[0].device)
         self._parameters, self._state_bits = parameters, state_bits
         self._device, self._budget = device, device_budget
         self._counts = [parameter.shape.numel() for parameter in parameters]
@@ -67,6 +71,11 @@ class PagedState:
         """Take host memory for all pages, if that has not been done."""
         if self._pages is None:
             count, on = self.layout.page_count, self._parameters[0].device
+            if on.type not in ("cpu", "cuda"):
+                raise ValueError(
+                    f"the parameters are on {on}, and PagedAdamW trains on NVIDIA and "
+                    "AMD GPUs and on CPUs: use torch.optim.AdamW there"
+                )
             device = self._device or (CudaDevice(on) if on.type == "cuda" else None)
             self._pages = (
                 HostPages(count, self.page_bytes)
@@ -78,7 +87,8 @@ class PagedState:
     def update(self, work: Sequence[Work | None]) -> None:
         """Take a step with the parameters that have work to do."""
         touched: Iterable[int] = range(self.layout.page_count)
-        if None in work:
+        # A page that is there for parameters of no numbers holds nothing to update.
+        if None in work or not any(self._counts):
             touched = sorted(
                 {
                     page
@@ -87,7 +97,11 @@ class PagedState:
                     for page in pages
                 }
             )
-        self._choose_updater().update(work, self.pages.walk([*touched]))
+        updater = self._choose_updater()
+        # Closed in any case: what a failed step has raised would keep it, and with it
+        # the memory of its slots.
+        with contextlib.closing(self.pages.walk([*touched])) as walk:
+            updater.update(work, walk)
 
     def read(self, numbers: Iterable[int]) -> dict[int, dict[str, Tensor]]:
         """Copy the moments of some parameters to the CPU."""

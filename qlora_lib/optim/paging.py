@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qlora_lib.optim.arguments import check_budget
 from qlora_lib.optim.devices import Device
 
 # One slot is read from the host, one is updated, one is written to the host, and one
@@ -88,7 +89,7 @@ class HostPages:
         """What has been moved: nothing."""
         return Counters()
 
-    def walk(self, pages: Sequence[int] | None = None) -> Iterator[Pages]:
+    def walk(self, pages: Sequence[int] | None = None) -> Generator[Pages]:
         """Yield pages, by default all, ready to be updated in place."""
         pages = range(self.page_count) if pages is None else pages
         yield Pages(pages, [self.host[page] for page in pages])
@@ -155,7 +156,7 @@ class Pager(HostPages):
         """What has happened so far."""
         return dataclasses.replace(self._counters, stalls=self._device.stalls())
 
-    def walk(self, pages: Sequence[int] | None = None) -> Iterator[Pages]:
+    def walk(self, pages: Sequence[int] | None = None) -> Generator[Pages]:
         """Yield pages, each once, ready to be updated in place.
 
         First come all resident pages at once, then the others one by one. What is
@@ -224,24 +225,28 @@ class Pager(HostPages):
         room = self._budget
         if room is None:
             room = self._device.free_bytes() + self.resident * self.page_bytes
-            self._put_off_return()
         if room >= self.host.nbytes:
             goal = self.page_count
         else:
             goal = max(0, room // self.page_bytes - STAGING_SLOTS)
+            if self._budget is None:  # there may be more room later
+                self._put_off_return()
         if goal < self.resident:
             self._give_way(to=goal)
-        arrivals = []
-        for page in range(self.resident, goal):
-            try:
+        arriving: deque[tuple[Tensor, Any]] = deque()
+        try:
+            for page in range(self.resident, goal):
                 home = self._device.allocate(self.page_bytes)
-            except torch.OutOfMemoryError:
-                self._put_off_return()
-                break
-            self._homes.append(home)
-            arrivals.append(self._copy_in(page, home))
-        for arrival in arrivals:
-            self._device.wait(arrival)
+                arriving.append((home, self._copy_in(page, home)))
+        except torch.OutOfMemoryError:
+            self._put_off_return()
+        try:
+            while arriving:
+                self._device.wait(arriving[0][1])
+                self._homes.append(arriving.popleft()[0])
+        finally:  # none but after an interrupt
+            for home, _ in arriving:
+                self._device.release(home)
 
     def _staging_slots(self, streamed: int) -> list[Tensor]:
         """Allocate as many slots as are of use, at least one if any is."""
@@ -286,19 +291,3 @@ class Pager(HostPages):
         self._counters.bytes_out += self.page_bytes
         self._written[page] = self._device.copy_out(place, self.host[page])
         return self._written[page]
-
-
-def check_budget(device_budget: int | None, page_bytes: int) -> None:
-    """Raise if not even one page fits into a budget."""
-    if device_budget is None:
-        return
-    if not isinstance(device_budget, int):
-        raise TypeError(
-            f"device_budget must be a whole number of bytes, got {device_budget!r}: "
-            "convert it with int()"
-        )
-    if device_budget < page_bytes:
-        raise ValueError(
-            f"device_budget must be at least one page, {page_bytes} bytes, got "
-            f"{device_budget}"
-        )

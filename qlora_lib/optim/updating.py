@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qlora_lib.kernels.device import on_device_of
 from qlora_lib.kernels.parameter_table import ParameterTable
 from qlora_lib.optim.layout import Layout
 from qlora_lib.optim.paging import Pages
@@ -18,7 +19,7 @@ from qlora_lib.optim.update import Factors
 # What the kernel needs to move four numbers at a time.
 ALIGNED_BYTES, ALIGNED_COUNT = 16, 8
 # Tables of pages that are kept on the GPU: more than a run has pages and slots.
-MOST_TABLES = 2**14
+MOST_TABLES = 2**12
 
 
 class Work(NamedTuple):
@@ -108,20 +109,29 @@ class KernelUpdater:
 
     def update(self, work: Sequence[Work | None], walk: Iterable[Pages]) -> None:
         """Launch the kernel for pages that come together, once for each data type."""
-        self._bring_up_to_date(work)
-        for pages in walk:
-            both = zip(pages.numbers, pages.places, strict=True)
-            for dtype, group in groupby(both, lambda pair: self._dtype_of(pair[0])):
-                numbers, places = zip(*group, strict=True)
-                self._update_pages(
-                    self._on_device(torch.int32, numbers),
-                    self._on_device(torch.int64, tuple(p.data_ptr() for p in places)),
-                    self._table,
-                    dtype,
-                    self._layout.page_size,
-                    self._state_bits,
-                    self._is_aligned,
-                )
+        # Autograd does not see what is written to an address.
+        torch.autograd.graph.increment_version(
+            [each.parameter for each in work if each is not None]
+        )
+        with on_device_of(self._table.counts):
+            self._bring_up_to_date(work)
+            for pages in walk:
+                both = zip(pages.numbers, pages.places, strict=True)
+                for dtype, group in groupby(both, lambda pair: self._dtype_of(pair[0])):
+                    self._launch(dtype, *zip(*group, strict=True))
+
+    def _launch(
+        self, dtype: torch.dtype, numbers: tuple[int, ...], places: tuple[Tensor, ...]
+    ) -> None:
+        self._update_pages(
+            self._on_device(torch.int32, numbers),
+            self._on_device(torch.int64, tuple(place.data_ptr() for place in places)),
+            self._table,
+            dtype,
+            self._layout.page_size,
+            self._state_bits,
+            self._is_aligned,
+        )
 
     def _bring_up_to_date(self, work: Sequence[Work | None]) -> None:
         """Put addresses and factors on the GPU, without waiting."""

@@ -50,7 +50,7 @@ def misses_by_room(
     for label, counts in misses.items():
         ax.plot(rooms, as_array(counts), label=label)
     ax.set(
-        xlabel=f"room, in pages of {pages}",
+        xlabel=f"room, in pages (of {pages})",
         ylabel="pages fetched in a walk",
         xlim=(1, pages + 0.2),
         ylim=(0, 1.08 * pages),

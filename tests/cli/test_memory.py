@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from qlora_lib import estimate_memory
 from qlora_lib.memory import llama_config
+from qlora_lib.memory.optimizers import OPTIMIZERS
 
 CONFIG = {"num_hidden_layers": 1, "vocab_size": 512}
 
@@ -121,6 +122,11 @@ def test_a_model_without_linear_layers_is_refused(failing, tmp_path, base):
     config.num_hidden_layers = 0
     config.save_pretrained(tmp_path)
     assert "no linear layer" in failing("memory", tmp_path, "--gpu", "24")
+
+
+def test_help_names_every_optimizer(qlora):
+    words = qlora("memory", "--help").stdout.replace(",", " ").replace(".", " ").split()
+    assert set(OPTIMIZERS) <= set(words)
 
 
 def test_nonsense_is_refused(failing, base):

@@ -1,14 +1,14 @@
 """Steps that run out of memory on the way, with errors that are raised by hand."""
 
 import copy
-import logging
 import weakref
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qlora_lib.finetuning.data import InstructionPair, encode_pairs
+from qlora_lib.finetuning.spikes import SpikeTrainer
 from qlora_lib.finetuning.training import add_adapters, finetune
 from qlora_lib.nn import quantize_linears
 from qlora_lib.optim import PagedAdamW, SimulatedDevice
@@ -92,7 +92,6 @@ SPIKES = {
 @pytest.mark.parametrize("inject", SPIKES.values(), ids=SPIKES.keys())
 def test_a_spike_changes_no_bit(fresh, byte_tokenizer, examples, inject, part, caplog):
     expected = train(fresh(), byte_tokenizer, examples, Paging())
-    caplog.set_level(logging.INFO, logger="qlora_lib")
     # The second step of three, where there is state on the device to evict.
     model, paging, spike = fresh(), Paging(), Spike(PARTS + part)
     inject(model, spike)
@@ -160,7 +159,7 @@ def test_memory_of_a_failed_backward_pass_is_freed_on_the_gpu(
     assert failed - again >= paging.made.state_bytes
 
 
-def test_spikes_may_come_in_every_step(fresh, byte_tokenizer, examples):
+def test_spikes_may_come_again(fresh, byte_tokenizer, examples):
     budget = {"device_budget": 2**20}  # so that pages return as soon as they may
     expected = train(fresh(), byte_tokenizer, examples, Paging(**budget), steps=5)
     model, paging, spike = fresh(), Paging(**budget), Spike(3, 8)
@@ -213,6 +212,28 @@ def test_an_optimizer_that_cannot_evict_leaves_the_error_as_it_is(
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         train(model, byte_tokenizer, examples, torch.optim.AdamW)
     assert spike.count == PARTS + 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_several_processes_none_begins_again_alone(
+    fresh, monkeypatch, tmp_path, processes
+):
+    model, spike = fresh(), Spike(1)
+    optimizer = Paging()([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = SpikeTrainer(model, arguments, optimizers=(optimizer, None))
+    monkeypatch.setattr(Trainer, "training_step", spike)
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    if processes == 1:
+        trainer.training_step(model, {})
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.training_step(model, {})
+    assert spike.count == (2 if processes == 1 else 1)
+    assert optimizer.counters.evictions == (1 if processes == 1 else 0)
 
 
 def test_other_errors_are_raised(fresh, byte_tokenizer, examples):

@@ -34,8 +34,12 @@ def trained(request, make_parameters, take_steps):
         ({"lr": torch.nan}, "lr must be at least 0, got nan"),
         ({"eps": -1.0}, "eps must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"betas": (1.0, 0.9)}, r"betas must be in \[0, 1\), got \(1.0, 0.9\)"),
-        ({"betas": (0.9, -0.1)}, "betas must be in"),
+        (
+            {"betas": (1.0, 0.9)},
+            r"betas must be two numbers in \[0, 1\), got \(1.0, 0.9\)",
+        ),
+        ({"betas": (0.9,)}, "betas must be two"),
+        ({"betas": (0.9, -0.1)}, "betas must be two"),
         ({"state_bits": 16}, "state_bits must be 32 or 8, got 16"),
         ({"state_bits": 4}, "state_bits must be 32 or 8"),
         ({"page_bytes": 16383}, "page_bytes must be at least 16384, got 16383"),
@@ -58,6 +62,23 @@ def test_a_budget_that_is_no_whole_number(make_parameters):
         PagedAdamW(make_parameters(SHAPES), device_budget=8e9)
 
 
+def test_a_page_that_is_no_whole_number(make_parameters):
+    with pytest.raises(TypeError, match=r"page_bytes must be a whole .* got 1000000.0"):
+        PagedAdamW(make_parameters(SHAPES), page_bytes=1e6)
+
+
+@pytest.mark.parametrize("device", ["cuda", torch.device("cpu"), 0])
+def test_a_device_that_pages_cannot_move_to(make_parameters, device):
+    with pytest.raises(TypeError, match="a SimulatedDevice, got .*leave it out"):
+        PagedAdamW(make_parameters(SHAPES), device=device)
+
+
+def test_a_simulated_device_is_for_parameters_on_the_cpu():
+    elsewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match="SimulatedDevice, and .* on meta: leave"):
+        PagedAdamW([elsewhere], device=SimulatedDevice(10**6))
+
+
 # Parameters
 
 
@@ -73,6 +94,49 @@ def test_groups_of_nothing_take_steps(parameters, take_steps):
     saved = optimizer.state_dict()
     optimizer.load_state_dict(saved)
     assert len(optimizer.state_dict()["state"]) == len(parameters)
+
+
+def test_parameters_of_no_numbers_need_no_room(take_steps):
+    nothing = torch.nn.Parameter(torch.empty(0))
+    optimizer = PagedAdamW([nothing], device=SimulatedDevice(0))
+    take_steps(optimizer, [nothing])
+    assert optimizer.state_dict()["state"][0]["step"] == 5
+
+
+class Wrapper(torch.Tensor):
+    """As a DTensor: it has a shape, and its numbers lie in another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(function)
+
+
+def test_parameters_whose_numbers_lie_elsewhere(trained, take_steps, bits):
+    wrapped = torch.nn.Parameter(Wrapper(torch.ones(3)))
+    message = "parameter {} is a Wrapper, whose numbers lie in other tensors: give"
+    with pytest.raises(TypeError, match=message.format(0)):
+        PagedAdamW([wrapped])
+    with pytest.raises(TypeError, match=message.format(3)):
+        add(trained, bits, wrapped)
+    # Sharding puts them into the groups of an optimizer that there is already.
+    plain = torch.nn.Parameter(torch.ones(3))
+    optimizer = PagedAdamW([plain])
+    wrapped.grad = Wrapper(torch.ones(3))
+    optimizer.param_groups[0]["params"][0] = wrapped
+    with pytest.raises(TypeError, match=message.format(0)):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +249,20 @@ def test_parameters_that_change(trained, take_steps, bits, data, now):
     refuse(trained, take_steps, bits, spoil, ValueError, message)
 
 
+@pytest.mark.parametrize("by", [-1, 1])
+def test_groups_that_are_edited(trained, take_steps, bits, by):
+    parameters, optimizer = trained
+    before = bits(parameters), bits(optimizer.state_dict())
+    own = optimizer.param_groups[0]["params"]
+    changed = own[:-1] if by < 0 else [*own, nn.Parameter(torch.ones(3))]
+    optimizer.param_groups[0]["params"] = changed
+    with pytest.raises(ValueError, match=f"has {3 + by} parameters, .* was given 3: "):
+        take_steps(optimizer, changed)
+    optimizer.param_groups[0]["params"] = own
+    assert (bits(parameters), bits(optimizer.state_dict())) == before
+    take_steps(optimizer, parameters)
+
+
 def test_sparse_gradients(trained, take_steps, bits):
     def spoil(parameter):
         parameter.grad = torch.ones_like(parameter).to_sparse()
@@ -220,7 +298,7 @@ def test_an_embedding_with_sparse_gradients(bits):
         ({"maximize": True}, "maximize=True"),
         ({"amsgrad": True}, "amsgrad=True"),
         ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
-        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
     ],
 )
 def test_options_of_a_group_are_checked(option, message):
