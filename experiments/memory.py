@@ -81,7 +81,13 @@ def main() -> None:
     # bitsandbytes gives managed memory back with its process only, so that a later run
     # would be measured with that of the earlier ones.
     call = called_here if device == "cpu" else called_in_a_process
-    record = {**call(about, device), "rank": RANK, "steps": STEPS, "runs": []}
+    record = {
+        **call(about, device),
+        "separate_processes": call is called_in_a_process,
+        "rank": RANK,
+        "steps": STEPS,
+        "runs": [],
+    }
     for run in runs:
         record["runs"].append(call(attempt, run, device))
         write_record("memory", record, arguments.out)
