@@ -28,7 +28,7 @@ class SpikeTrainer(Trainer):
     """A Trainer whose optimizer makes room when forward or backward run out of memory.
 
     The optimizer has to have a method ``evict()`` that moves its state off the GPU, as
-    :class:`~qlora_lib.optim.PagedAdamW` has; with another one the error is raised. A
+    :class:`~qlora_lib.PagedAdamW` has; with another one the error is raised. A
     backward pass that fails leaves the gradients of some layers and not of others, so
     all parts of the batch so far are computed again, from no gradients on, each with
     the random numbers that it had: the step is the one that it would have been, bit for

@@ -201,7 +201,7 @@ class SimulatedDevice:
         self.occupied = 0
         self.log: list[tuple[str, int]] = []
         self._used = 0
-        self._asked: list[_LateCopy] = []
+        self._asked: list[LateCopy] = []
         self._stalls = 0
         self._slab = torch.empty(0)
 
@@ -229,16 +229,16 @@ class SimulatedDevice:
         return self.capacity - self.occupied - self._used
 
     def copy_in(
-        self, host: Tensor, place: Tensor, after: Iterable[_LateCopy]
-    ) -> _LateCopy:
+        self, host: Tensor, place: Tensor, after: Iterable[LateCopy]
+    ) -> LateCopy:
         """Poison the place as soon as it may be written to, and fill it later."""
         return self._ask("in", host, place, list(after))
 
-    def copy_out(self, place: Tensor, host: Tensor) -> _LateCopy:
+    def copy_out(self, place: Tensor, host: Tensor) -> LateCopy:
         """Read the place later."""
         return self._ask("out", place, host, [])
 
-    def wait(self, event: _LateCopy) -> None:
+    def wait(self, event: LateCopy) -> None:
         """Run the copy now, and before it those that it waits for."""
         self._stalls += not event.has_run
         event.run()
@@ -255,25 +255,29 @@ class SimulatedDevice:
         self._asked = []
 
     def _ask(
-        self, direction: str, source: Tensor, target: Tensor, after: list[_LateCopy]
-    ) -> _LateCopy:
+        self, direction: str, source: Tensor, target: Tensor, after: list[LateCopy]
+    ) -> LateCopy:
         host = source if direction == "in" else target
         page = (host.data_ptr() - self._slab.data_ptr()) // max(1, host.nbytes)
-        copy = _LateCopy(
+        copy = LateCopy(
             source, target, after, lambda: self.log.append((direction, page))
         )
         self._asked.append(copy)
         return copy
 
 
-class _LateCopy:
-    """A copy, and the event that it has run."""
+class LateCopy:
+    """A copy of a simulated device, and the event that it has run.
+
+    Attributes:
+        has_run: Whether it has.
+    """
 
     def __init__(
         self,
         source: Tensor,
         target: Tensor,
-        after: list[_LateCopy],
+        after: list[LateCopy],
         note: Callable[[], None],
     ) -> None:
         self.has_run = False
@@ -283,6 +287,7 @@ class _LateCopy:
             self._poison()
 
     def run(self) -> None:
+        """Run the copies that it waits for, and then itself, once."""
         if self.has_run:
             return
         if not all(copy.has_run for copy in self._after):
