@@ -152,7 +152,7 @@ def adamw_kernel(
     program = tl.load(page_numbers + page) * page_programs + place
     parameter = tl.load(parameter_of + program)
     is_used = parameter >= 0
-    gradient = tl.load(addresses + parameter_count + parameter, is_used, other=0)
+    gradient = tl.load(addresses + parameter_count + parameter, mask=is_used, other=0)
     if gradient != 0:
         start = (program - tl.load(first_program + parameter)) * NUMBERS
         remaining = tl.minimum(tl.load(counts + parameter) - start, NUMBERS)

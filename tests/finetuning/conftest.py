@@ -1,10 +1,16 @@
-"""A tokenizer and a model small enough to train within a test."""
+"""A tokenizer, examples and a model small enough to train within a test."""
+
+import copy
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_lib.finetuning.data import InstructionPair, encode_pairs
+from qlora_lib.finetuning.training import add_adapters
+from qlora_lib.nn import quantize_linears
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +40,27 @@ def tiny_model() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def examples(byte_tokenizer):
+    pairs = [InstructionPair("p" * n, "a" * (12 - n)) for n in range(1, 8)]
+    return encode_pairs(pairs, byte_tokenizer, max_length=32)
+
+
+@pytest.fixture
+def fresh(tiny_model):
+    """Build the same model with adapters any number of times."""
+    quantize_linears(tiny_model)
+    state = {k: v.clone() for k, v in tiny_model.state_dict().items()}
+
+    def build(**options):
+        model = copy.deepcopy(tiny_model)
+        model.load_state_dict(state)
+        adapter = {"rank": 4, "alpha": 8, "dropout": 0.1, **options}
+        # A run must not depend on the numbers drawn here.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return add_adapters(model, **adapter)
+
+    return build

@@ -1,6 +1,5 @@
 """Runs that are interrupted and resumed, and checkpoints that must not be resumed."""
 
-import copy
 import errno
 import json
 import os
@@ -24,13 +23,10 @@ from qlora_lib.finetuning.checkpoints import (
     fingerprint_base,
     fingerprint_examples,
 )
-from qlora_lib.finetuning.data import InstructionPair, encode_pairs
-from qlora_lib.finetuning.training import add_adapters, finetune
-from qlora_lib.nn import quantize_linears
+from qlora_lib.finetuning.training import finetune
 from qlora_lib.optim import PagedAdamW
 
 SCRIPT = Path(__file__).with_name("resumed_run.py")
-PAIRS = [InstructionPair("p" * n, "a" * (12 - n)) for n in range(1, 8)]
 RUN = {"steps": 5, "batch_size": 3, "save_every": 2, "learning_rate": 1e-2}
 # As the optimizer of finetune, with changes.
 RECIPE = partial(PagedAdamW, betas=(0.9, 0.999), weight_decay=0.0)
@@ -94,26 +90,6 @@ def test_a_run_that_is_killed_twice_resumes_bit_for_bit(
 
 
 # In one process
-
-
-@pytest.fixture
-def examples(byte_tokenizer):
-    return encode_pairs(PAIRS, byte_tokenizer, max_length=32)
-
-
-@pytest.fixture
-def fresh(tiny_model):
-    """Build the same model with adapters any number of times."""
-    quantize_linears(tiny_model)
-    state = {k: v.clone() for k, v in tiny_model.state_dict().items()}
-
-    def build(**options):
-        model = copy.deepcopy(tiny_model)
-        model.load_state_dict(state)
-        torch.manual_seed(1)
-        return add_adapters(model, **{"rank": 4, "alpha": 8, "dropout": 0.1, **options})
-
-    return build
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

@@ -1,38 +1,21 @@
 """Steps that run out of memory on the way, with errors that are raised by hand."""
 
-import copy
 import weakref
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from qlora_lib.finetuning.data import InstructionPair, encode_pairs
 from qlora_lib.finetuning.spikes import SpikeTrainer
-from qlora_lib.finetuning.training import add_adapters, finetune
-from qlora_lib.nn import quantize_linears
+from qlora_lib.finetuning.training import finetune
 from qlora_lib.optim import PagedAdamW, SimulatedDevice
 
 PARTS = 2
 RUN = {"steps": 3, "batch_size": 4, "gradient_accumulation": PARTS}
-PAIRS = [InstructionPair("p" * n, "a" * (12 - n)) for n in range(1, 8)]
 LAYERS = "base_model.model.model.layers"
 # Of all gradients, those of the last layer come first.
 EARLY_GRADIENT = f"{LAYERS}.1.self_attn.q_proj.lora_B.default.weight"
 LATE_GRADIENT = f"{LAYERS}.0.self_attn.q_proj.lora_B.default.weight"
-
-
-@pytest.fixture
-def examples(byte_tokenizer):
-    return encode_pairs(PAIRS, byte_tokenizer, max_length=32)
-
-
-@pytest.fixture
-def fresh(tiny_model):
-    quantize_linears(tiny_model)
-    torch.manual_seed(1)
-    model = add_adapters(tiny_model, rank=4, alpha=8, dropout=0.1)
-    return lambda: copy.deepcopy(model)
 
 
 class Paging:

@@ -604,7 +604,7 @@ class TestLaunch:
                     assert "mask" not in names or "other" in names, (
                         f"{path.name}:{node.lineno}"
                     )
-        assert loads > 20 and masked == 12  # all that there are, one in tiles.load_tile
+        assert loads > 20 and masked == 15  # all that there are, one in tiles.load_tile
 
 
 def test_the_tables_ask_no_kernel_for_more_rows_than_it_takes():

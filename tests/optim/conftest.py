@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_lib import PagedAdamW
 from qlora_lib.optim import SimulatedDevice
 
 
@@ -83,3 +84,67 @@ def make_parameters():
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def edge_shapes():
+    """Nothing, a scalar, one number, just over a program, over two pages, matrices."""
+    return [(0,), (), (1,), (2049,), (5000,), (3, 0, 2), (64, 33), (7, 5, 3)]
+
+
+@pytest.fixture(scope="session")
+def page_sizes():
+    """For each ``state_bits`` the smallest page in bytes: one program."""
+    return {32: 16384, 8: 4160}
+
+
+@pytest.fixture(scope="session")
+def make_optimizer(page_sizes):
+    """Make an optimizer with the smallest pages and a budget counted in them."""
+
+    def make(parameters, state_bits=32, pages=None, device=None):
+        page = page_sizes[state_bits]
+        return PagedAdamW(
+            parameters,
+            lr=0.01,
+            weight_decay=0.1,
+            state_bits=state_bits,
+            page_bytes=page,
+            device_budget=None if pages is None else pages * page,
+            device=device,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_simulated(make_optimizer):
+    """Make such an optimizer on a simulated device of its own."""
+
+    def make(parameters, state_bits=32, pages=None):
+        return make_optimizer(parameters, state_bits, pages, SimulatedDevice(10**6))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def update_page():
+    """What stands for a step: it shows a page that is missed, or comes twice."""
+
+    def update(page, place, walk):
+        place.view(torch.float32).mul_(0.5).add_(page + 1 + 16 * walk)
+
+    return update
+
+
+@pytest.fixture(scope="session")
+def walk_all(update_page):
+    """Walk through all pages of a pager and update each."""
+
+    def walk(pager, times=1):
+        for time in range(times):
+            for pages in pager.walk():
+                for page, place in zip(pages.numbers, pages.places, strict=True):
+                    update_page(page, place, time)
+
+    return walk

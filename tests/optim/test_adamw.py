@@ -6,25 +6,7 @@ import torch
 from qlora_lib import PagedAdamW
 from qlora_lib.optim import SimulatedDevice
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Nothing, a scalar, one number, one more than a program, more than two pages, matrices.
-SHAPES = [(0,), (), (1,), (2049,), (5000,), (3, 0, 2), (64, 33), (7, 5, 3)]
-PAGE = 16384  # one program of 32-bit state, nearly four of 8 bits
-PAGE_8 = 4160
-
-
-def paged(parameters, bits=32, pages=None, device=None, **options):
-    page = PAGE if bits == 32 else PAGE_8
-    return PagedAdamW(
-        parameters,
-        lr=0.01,
-        weight_decay=0.1,
-        state_bits=bits,
-        page_bytes=page,
-        device_budget=None if pages is None else pages * page,
-        device=device,
-        **options,
-    )
+PAGE = 16384  # one program
 
 
 def compare(ours, theirs, optimizer, reference, bits):
@@ -35,8 +17,10 @@ def compare(ours, theirs, optimizer, reference, bits):
 
 
 @pytest.mark.parametrize("page_bytes", [PAGE, 3 * PAGE, 2**24])
-def test_100_steps_are_those_of_torch(make_parameters, take_steps, bits, page_bytes):
-    ours, theirs = make_parameters(SHAPES), make_parameters(SHAPES)
+def test_100_steps_are_those_of_torch(
+    make_parameters, edge_shapes, take_steps, bits, page_bytes
+):
+    ours, theirs = make_parameters(edge_shapes), make_parameters(edge_shapes)
     options = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
     optimizer = PagedAdamW(ours, **options, page_bytes=page_bytes)
     reference = torch.optim.AdamW(theirs, **options, foreach=False)
@@ -51,7 +35,9 @@ def test_the_defaults_are_those_of_torch(make_parameters):
     assert PagedAdamW(parameters).defaults.items() <= defaults.items()
 
 
-def test_groups_have_options_of_their_own(make_parameters, take_steps, bits):
+def test_groups_have_options_of_their_own(
+    make_parameters, edge_shapes, take_steps, bits
+):
     def groups(parameters):
         return [
             {"params": parameters[:2], "lr": 0.1, "weight_decay": 0},
@@ -60,7 +46,7 @@ def test_groups_have_options_of_their_own(make_parameters, take_steps, bits):
             {"params": parameters[5:], "eps": 0.1, "lr": 0.0},
         ]
 
-    ours, theirs = make_parameters(SHAPES), make_parameters(SHAPES)
+    ours, theirs = make_parameters(edge_shapes), make_parameters(edge_shapes)
     optimizer = PagedAdamW(groups(ours), page_bytes=PAGE)
     reference = torch.optim.AdamW(groups(theirs), foreach=False)
     for both in ((optimizer, ours), (reference, theirs)):
@@ -68,8 +54,10 @@ def test_groups_have_options_of_their_own(make_parameters, take_steps, bits):
     compare(ours, theirs, optimizer, reference, bits)
 
 
-def test_parameters_without_a_gradient_rest(make_parameters, take_steps, bits):
-    ours, theirs = make_parameters(SHAPES), make_parameters(SHAPES)
+def test_parameters_without_a_gradient_rest(
+    make_parameters, edge_shapes, take_steps, bits
+):
+    ours, theirs = make_parameters(edge_shapes), make_parameters(edge_shapes)
     optimizer = PagedAdamW(ours, page_bytes=PAGE)
     reference = torch.optim.AdamW(theirs, foreach=False)
     # The last one never has a gradient, and nobody has one in step 3.
@@ -82,7 +70,7 @@ def test_parameters_without_a_gradient_rest(make_parameters, take_steps, bits):
 
 
 @pytest.mark.parametrize("device", [None, SimulatedDevice(10**6)])
-def test_strides_make_no_difference(make_parameters, bits, device):
+def test_strides_make_no_difference(make_parameters, make_optimizer, bits, device):
     """Parameters and gradients that are transposed, sliced and repeated."""
 
     def parameters():
@@ -97,7 +85,7 @@ def test_strides_make_no_difference(make_parameters, bits, device):
 
     ours, theirs = parameters(), parameters()
     strides = [parameter.stride() for parameter in ours]
-    optimizer = paged(ours, pages=None if device is None else 2, device=device)
+    optimizer = make_optimizer(ours, pages=None if device is None else 2, device=device)
     reference = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1, foreach=False)
     for step in range(20):
         for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -114,8 +102,10 @@ def test_strides_make_no_difference(make_parameters, bits, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_parameters_are_rounded_once_a_step(make_parameters, take_steps, dtype):
-    ours, theirs = make_parameters(SHAPES, [dtype]), make_parameters(SHAPES)
+def test_narrow_parameters_are_rounded_once_a_step(
+    make_parameters, edge_shapes, take_steps, dtype
+):
+    ours, theirs = make_parameters(edge_shapes, [dtype]), make_parameters(edge_shapes)
     for mine, other in zip(ours, theirs, strict=True):
         other.data = mine.detach().float()
     optimizer = PagedAdamW(ours, page_bytes=PAGE)
@@ -136,9 +126,9 @@ def test_narrow_parameters_are_rounded_once_a_step(make_parameters, take_steps, 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("state_bits", [32, 8])
-def test_what_is_not_finite_goes_into_the_parameter(value, state_bits):
+def test_what_is_not_finite_goes_into_the_parameter(make_optimizer, value, state_bits):
     parameter = torch.nn.Parameter(torch.ones(3000))
-    optimizer = paged([parameter], state_bits)
+    optimizer = make_optimizer([parameter], state_bits)
     for _ in range(3):
         parameter.grad = torch.ones(3000)
         parameter.grad[700] = value

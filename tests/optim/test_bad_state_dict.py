@@ -3,22 +3,8 @@
 import pytest
 import torch
 
-from qlora_lib import PagedAdamW
-from qlora_lib.optim import SimulatedDevice
-
 SHAPES = [(0,), (), (5000,), (64, 33)]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def paged(parameters, bits=32, **options):
-    return PagedAdamW(
-        parameters,
-        lr=0.01,
-        state_bits=bits,
-        page_bytes=16384 if bits == 32 else 4160,
-        device=SimulatedDevice(10**6),
-        **options,
-    )
 
 
 def without(name):
@@ -56,10 +42,10 @@ BAD = [
 
 @pytest.mark.parametrize(("state_bits", "spoil", "message"), BAD)
 def test_what_does_not_fit_changes_nothing(
-    make_parameters, take_steps, bits, state_bits, spoil, message
+    make_parameters, make_simulated, take_steps, bits, state_bits, spoil, message
 ):
     parameters = make_parameters(SHAPES, DTYPES)
-    optimizer = paged(parameters, state_bits)
+    optimizer = make_simulated(parameters, state_bits)
     take_steps(optimizer, parameters)
     saved = optimizer.state_dict()
     take_steps(optimizer, parameters, steps=[5])
@@ -72,11 +58,13 @@ def test_what_does_not_fit_changes_nothing(
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
-def test_other_bits_are_refused_with_the_cure(make_parameters, take_steps, state_bits):
+def test_other_bits_are_refused_with_the_cure(
+    make_parameters, make_simulated, take_steps, state_bits
+):
     parameters = make_parameters(SHAPES)
-    optimizer = paged(parameters, state_bits)
+    optimizer = make_simulated(parameters, state_bits)
     take_steps(optimizer, parameters)
     with pytest.raises(ValueError, match="make the optimizer as it was when it was"):
-        paged(parameters, {32: 8, 8: 32}[state_bits]).load_state_dict(
+        make_simulated(parameters, {32: 8, 8: 32}[state_bits]).load_state_dict(
             optimizer.state_dict()
         )

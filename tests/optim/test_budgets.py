@@ -9,24 +9,6 @@ from qlora_lib import PagedAdamW
 from qlora_lib.optim import Counters, SimulatedDevice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Nothing, a scalar, one number, one more than a program, more than two pages, matrices.
-SHAPES = [(0,), (), (1,), (2049,), (5000,), (3, 0, 2), (64, 33), (7, 5, 3)]
-PAGE = 16384  # one program of 32-bit state, nearly four of 8 bits
-PAGE_8 = 4160
-
-
-def paged(parameters, bits=32, pages=None, device=None, **options):
-    page = PAGE if bits == 32 else PAGE_8
-    return PagedAdamW(
-        parameters,
-        lr=0.01,
-        weight_decay=0.1,
-        state_bits=bits,
-        page_bytes=page,
-        device_budget=None if pages is None else pages * page,
-        device=device,
-        **options,
-    )
 
 
 def run(parameters, optimizer, take_steps, before_step=None, steps=5, missing=()):
@@ -38,11 +20,20 @@ def run(parameters, optimizer, take_steps, before_step=None, steps=5, missing=()
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("pages", [1, 2, 5, 7, 1000, None])
-def test_budgets_are_equal(make_parameters, take_steps, bits, state_bits, pages):
-    shapes = [*SHAPES, (3000,), (90, 90)]
+def test_budgets_are_equal(
+    make_parameters,
+    edge_shapes,
+    make_optimizer,
+    make_simulated,
+    take_steps,
+    bits,
+    state_bits,
+    pages,
+):
+    shapes = [*edge_shapes, (3000,), (90, 90)]
     plain, moved = make_parameters(shapes, DTYPES), make_parameters(shapes, DTYPES)
-    expected = paged(plain, state_bits)
-    optimizer = paged(moved, state_bits, pages, SimulatedDevice(10**6))
+    expected = make_optimizer(plain, state_bits)
+    optimizer = make_simulated(moved, state_bits, pages)
     for both in ((plain, expected), (moved, optimizer)):
         run(*both, take_steps)
     assert bits(moved) == bits(plain)
@@ -77,6 +68,7 @@ def test_budgets_are_equal(make_parameters, take_steps, bits, state_bits, pages)
 def test_whatever_happens_bits_are_the_same(
     troubled_device,
     make_parameters,
+    page_sizes,
     take_steps,
     bits,
     sizes,
@@ -88,7 +80,7 @@ def test_whatever_happens_bits_are_the_same(
     missing,
 ):
     shapes, dtypes = zip(*sizes, strict=True)
-    page = page_programs * (PAGE if state_bits == 32 else PAGE_8)
+    page = page_programs * page_sizes[state_bits]
     device = troubled_device(capacity * page)
     plain, moved = make_parameters(shapes, dtypes), make_parameters(shapes, dtypes)
     expected = PagedAdamW(plain, state_bits=state_bits, page_bytes=page)
@@ -122,10 +114,13 @@ def test_whatever_happens_bits_are_the_same(
         assert pages is None or device.peak <= pages * page
 
 
-def test_a_step_without_room_changes_nothing(make_parameters, take_steps, bits):
+def test_a_step_without_room_changes_nothing(
+    make_parameters, make_optimizer, take_steps, bits
+):
     device = SimulatedDevice(10**6)
     parameters, plain = make_parameters([(9000,)]), make_parameters([(9000,)])
-    optimizer, expected = paged(parameters, device=device), paged(plain)
+    optimizer = make_optimizer(parameters, device=device)
+    expected = make_optimizer(plain)
     take_steps(optimizer, parameters)
     take_steps(expected, plain)
     before = bits(parameters), bits(optimizer.state_dict())
@@ -142,10 +137,12 @@ def test_a_step_without_room_changes_nothing(make_parameters, take_steps, bits):
     assert bits(optimizer.state_dict()) == bits(expected.state_dict())
 
 
-def test_a_closure_that_runs_out_of_memory_is_called_again(make_parameters, take_steps):
+def test_a_closure_that_runs_out_of_memory_is_called_again(
+    make_parameters, make_optimizer, take_steps
+):
     device = SimulatedDevice(10**6)
     (parameter,) = make_parameters([(9000,)])
-    optimizer = paged([parameter], device=device)
+    optimizer = make_optimizer([parameter], device=device)
     take_steps(optimizer, [parameter])
     assert optimizer.resident_share == 1
     drawn = []
@@ -166,14 +163,15 @@ def test_a_closure_that_runs_out_of_memory_is_called_again(make_parameters, take
     assert optimizer.state_dict()["state"][0]["step"] == 6
 
 
-def test_sizes_can_be_read_beforehand(make_parameters):
+def test_sizes_can_be_read_beforehand(make_parameters, page_sizes, make_simulated):
     parameters = make_parameters([(5000,), (3000,)], DTYPES[:1])
-    optimizer = paged(parameters, device=SimulatedDevice(10**6))
-    assert optimizer.minimum_budget == PAGE
-    assert optimizer.state_bytes == (3 + 2) * PAGE
-    assert optimizer.staging_bytes == 4 * PAGE
+    optimizer = make_simulated(parameters)
+    page = page_sizes[32]
+    assert optimizer.minimum_budget == page
+    assert optimizer.state_bytes == (3 + 2) * page
+    assert optimizer.staging_bytes == 4 * page
     assert optimizer.resident_share == 0 and optimizer.evict() == 0
     assert optimizer.counters == Counters()
     # A page is no larger than all state.
     small = PagedAdamW(parameters[1:])
-    assert small.minimum_budget == small.state_bytes == small.staging_bytes == 2 * PAGE
+    assert small.minimum_budget == small.state_bytes == small.staging_bytes == 2 * page

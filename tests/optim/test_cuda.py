@@ -12,7 +12,6 @@ pytestmark = pytest.mark.gpu
 
 SHAPES = [(0,), (), (2049,), (40000,), (64, 33), (9001,), (128, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PAGE = {32: 16384, 8: 4160}
 STEPS = 4
 # Clock cycles, about a millisecond: far longer than any step here.
 SLEEP = 2_000_000
@@ -36,26 +35,13 @@ class SlowDevice(CudaDevice):
         return super().copy_out(place, host)
 
 
-def paged(parameters, state_bits=32, pages=None, device=None):
-    page = PAGE[state_bits]
-    return PagedAdamW(
-        parameters,
-        lr=0.01,
-        weight_decay=0.1,
-        state_bits=state_bits,
-        page_bytes=page,
-        device_budget=None if pages is None else pages * page,
-        device=device,
-    )
-
-
 @pytest.fixture
-def run(make_parameters, take_steps):
+def run(make_parameters, make_optimizer, take_steps):
     """Take some steps and return the parameters and the optimizer."""
 
     def run(*args, missing=((1, 3), (2, 2), (2, 4)), dtypes=DTYPES, **options):
         parameters = make_parameters(SHAPES, dtypes, "cuda:0")
-        optimizer = paged(parameters, *args, **options)
+        optimizer = make_optimizer(parameters, *args, **options)
         take_steps(optimizer, parameters, range(STEPS), missing)
         return parameters, optimizer
 
@@ -104,11 +90,13 @@ def test_nothing_is_read_before_it_has_arrived(run, bits, state_bits, pages):
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
-def test_evicting_and_loading_wait_for_copies(run, take_steps, bits, state_bits):
+def test_evicting_and_loading_wait_for_copies(
+    run, page_sizes, take_steps, bits, state_bits
+):
     expected, reference = run(state_bits, 1000)
     slow = SlowDevice(torch.device("cuda:0"))
     parameters, optimizer = run(state_bits, 9, device=slow)
-    assert optimizer.evict() == 5 * PAGE[state_bits]
+    assert optimizer.evict() == 5 * page_sizes[state_bits]
     take_steps(optimizer, parameters, [10])
     optimizer.load_state_dict(optimizer.state_dict())
     take_steps(optimizer, parameters, [11])
@@ -133,7 +121,7 @@ def test_the_next_forward_sees_the_update(run, take_steps, bits):
     assert bits(parameters) == bits(expected)
 
 
-def test_strides_make_no_difference(bits):
+def test_strides_make_no_difference(make_optimizer, bits):
     def parameters():
         source = torch.Generator().manual_seed(0)
         base = torch.randn(70, 60, generator=source).cuda()
@@ -147,14 +135,14 @@ def test_strides_make_no_difference(bits):
     results = []
     for pages in (1, 1000):
         own = parameters()
-        optimizer = paged(own, pages=pages)
+        optimizer = make_optimizer(own, pages=pages)
         flat = [
             torch.nn.Parameter(
                 each.detach().clone(memory_format=torch.contiguous_format)
             )
             for each in own
         ]
-        other = paged(flat, pages=pages)
+        other = make_optimizer(flat, pages=pages)
         for step in range(STEPS):
             for mine, its in zip(own, flat, strict=True):
                 source = torch.Generator().manual_seed(step)
@@ -204,12 +192,12 @@ def test_a_step_waits_for_nothing(run, state_bits, pages, no_waiting):
     assert torch.equal(parameters[3].isnan(), lost)
 
 
-def test_state_moves_between_cpu_and_gpu(run, make_parameters, bits):
+def test_state_moves_between_cpu_and_gpu(run, make_parameters, make_optimizer, bits):
     _, optimizer = run(8, 2)
     saved = optimizer.state_dict()
     arrays = [each for state in saved["state"].values() for each in state.values()]
     assert {array.device.type for array in arrays} == {"cpu"}
-    moved = paged(make_parameters(SHAPES, DTYPES), 8)
+    moved = make_optimizer(make_parameters(SHAPES, DTYPES), 8)
     moved.load_state_dict(saved)
     assert bits(moved.state_dict()["state"]) == bits(saved["state"])
     on_gpu = {

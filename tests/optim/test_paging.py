@@ -9,24 +9,7 @@ from qlora_lib.optim.paging import STAGING_SLOTS
 PAGE = 64
 
 
-def update(page, place, walk):
-    """What stands for a step: it shows a page that is missed, or comes twice."""
-    place.view(torch.float32).mul_(0.5).add_(page + 1 + 16 * walk)
-
-
-def walk_all(pager, times=1):
-    for time in range(times):
-        for pages in pager.walk():
-            for page, place in zip(pages.numbers, pages.places, strict=True):
-                update(page, place, time)
-
-
-def host_after(pager):
-    pager.write_back()
-    return pager.host.view(torch.float32)
-
-
-def test_the_first_pages_reside_and_the_rest_is_streamed():
+def test_the_first_pages_reside_and_the_rest_is_streamed(walk_all):
     device = SimulatedDevice(2**20)
     pager = Pager(9, PAGE, device, (STAGING_SLOTS + 2) * PAGE)
     batches = [list(pages.numbers) for pages in pager.walk()]
@@ -49,7 +32,7 @@ def test_the_first_pages_reside_and_the_rest_is_streamed():
 
 @pytest.mark.parametrize("pages", range(1, 14))
 @pytest.mark.parametrize("rest", [0, PAGE - 1])
-def test_a_budget_is_used_as_far_as_it_goes(troubled_device, pages, rest):
+def test_a_budget_is_used_as_far_as_it_goes(troubled_device, walk_all, pages, rest):
     device = troubled_device()
     pager = Pager(9, PAGE, device, pages * PAGE + rest)
     walk_all(pager, times=2)
@@ -67,7 +50,7 @@ def test_several_pages_are_on_their_way_at_once():
     walk.close()
 
 
-def test_without_a_budget_pages_take_what_is_free_and_follow_it():
+def test_without_a_budget_pages_take_what_is_free_and_follow_it(walk_all):
     device = SimulatedDevice(20 * PAGE)
     pager = Pager(30, PAGE, device)
     walk_all(pager)
@@ -86,7 +69,7 @@ def test_without_a_budget_pages_take_what_is_free_and_follow_it():
     assert pager.resident == 30
 
 
-def test_evicted_pages_stay_away_a_while_and_return():
+def test_evicted_pages_stay_away_a_while_and_return(walk_all):
     pager = Pager(6, PAGE, SimulatedDevice(2**20), 100 * PAGE)
     away = []
     for _ in range(4):
@@ -103,7 +86,7 @@ def test_evicted_pages_stay_away_a_while_and_return():
     assert pager.counters.evictions == 4
 
 
-def test_many_pages_that_give_way_in_one_walk_wait_no_longer_for_it():
+def test_many_pages_that_give_way_in_one_walk_wait_no_longer_for_it(walk_all):
     device = SimulatedDevice(20 * PAGE)
     pager = Pager(30, PAGE, device)
     walk_all(pager)
@@ -115,18 +98,20 @@ def test_many_pages_that_give_way_in_one_walk_wait_no_longer_for_it():
     assert pager.resident == 20 - STAGING_SLOTS
 
 
-def test_no_room_for_one_page_is_an_error_that_changes_nothing():
+def test_no_room_for_one_page_is_an_error_that_changes_nothing(walk_all):
     device = SimulatedDevice(PAGE - 1)
     pager = Pager(3, PAGE, device)
     for _ in range(3):
         with pytest.raises(torch.OutOfMemoryError):
             walk_all(pager)
-    assert not host_after(pager).any()
+    pager.write_back()
+    assert not pager.host.any()
     device.capacity = PAGE
     walk_all(pager)
     expected = HostPages(3, PAGE)
     walk_all(expected)
-    assert torch.equal(host_after(pager), expected.host.view(torch.float32))
+    pager.write_back()
+    assert torch.equal(pager.host, expected.host)
 
 
 def test_a_walk_that_is_given_up_holds_nothing():
@@ -139,7 +124,7 @@ def test_a_walk_that_is_given_up_holds_nothing():
     assert device.free_bytes() == 2**20
 
 
-def test_pages_are_forgotten_for_new_ones():
+def test_pages_are_forgotten_for_new_ones(walk_all):
     device = SimulatedDevice(2**20)
     pager = Pager(9, PAGE, device, 6 * PAGE)
     walk_all(pager, times=2)
@@ -149,7 +134,8 @@ def test_pages_are_forgotten_for_new_ones():
     walk_all(pager)
     expected = HostPages(9, PAGE)
     walk_all(expected)
-    assert torch.equal(host_after(pager), expected.host.view(torch.float32))
+    pager.write_back()
+    assert torch.equal(pager.host, expected.host)
     assert pager.resident == 2
 
 

@@ -22,30 +22,14 @@ ACTS = st.lists(
 )
 
 
-def update(page, place, walk):
-    """What stands for a step: it shows a page that is missed, or comes twice."""
-    place.view(torch.float32).mul_(0.5).add_(page + 1 + 16 * walk)
-
-
-def walk_all(pager, times=1):
-    for time in range(times):
-        for pages in pager.walk():
-            for page, place in zip(pages.numbers, pages.places, strict=True):
-                update(page, place, time)
-
-
-def host_after(pager):
-    pager.write_back()
-    return pager.host.view(torch.float32)
-
-
 class Model:
     """Runs a pager and, beside it, what it has to amount to."""
 
-    def __init__(self, page_count, device, budget):
+    def __init__(self, update_page, page_count, device, budget):
         self.pager = Pager(page_count, PAGE, device, budget)
         self.device, self.budget = device, budget
         self.expected = HostPages(page_count, PAGE)
+        self.update_page = update_page
         self.walks = 0
 
     def walk(self, pages, after=-1, then=None):
@@ -64,8 +48,8 @@ class Model:
                     walk.close()
                     break
                 for page, place in zip(batch.numbers, batch.places, strict=True):
-                    update(page, place, self.walks)
-                    update(page, self.expected.host[page], self.walks)
+                    self.update_page(page, place, self.walks)
+                    self.update_page(page, self.expected.host[page], self.walks)
                     done.append(page)
                 if number == after:
                     then()
@@ -104,8 +88,8 @@ class Model:
             assert self.device.peak <= self.budget
 
     def compare(self):
-        expected = self.expected.host.view(torch.float32)
-        assert torch.equal(host_after(self.pager), expected)
+        self.pager.write_back()
+        assert torch.equal(self.pager.host, self.expected.host)
         counters, log = self.pager.counters, self.device.log
         assert counters.bytes_in == PAGE * sum(way == "in" for way, _ in log)
         assert counters.bytes_out == PAGE * sum(way == "out" for way, _ in log)
@@ -121,10 +105,10 @@ class Model:
 @example(9, 9, None, [("walk", set(range(12))), ("occupy", 9), ("walk", {8})] * 4)
 @example(6, 1, None, [("abandon", 1), ("walk", {0, 5}), ("evict within", 0)])
 def test_whatever_happens_pages_are_those_of_the_model(
-    troubled_device, page_count, capacity, budget, acts
+    troubled_device, update_page, page_count, capacity, budget, acts
 ):
     device = troubled_device(capacity * PAGE)
-    model = Model(page_count, device, budget)
+    model = Model(update_page, page_count, device, budget)
     for act, value in acts:
         model.do(act, value)
     model.compare()
@@ -175,9 +159,12 @@ class ForgetsToBringBack(Pager):
         (ForgetsToBringBack, SimulatedDevice, False),
     ],
 )
-def test_a_pager_that_forgets_to_wait_is_found_out(pager_type, device_type, right):
+def test_a_pager_that_forgets_to_wait_is_found_out(
+    walk_all, pager_type, device_type, right
+):
     expected = HostPages(9, PAGE)
     walk_all(expected, times=3)
     pager = pager_type(9, PAGE, device_type(2**20), 5 * PAGE)
     walk_all(pager, times=3)
-    assert torch.equal(host_after(pager), expected.host.view(torch.float32)) == right
+    pager.write_back()
+    assert torch.equal(pager.host, expected.host) == right

@@ -11,7 +11,6 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from qlora_lib import PagedAdamW
-from qlora_lib.optim import SimulatedDevice
 
 SCRIPT = Path(__file__).with_name("resumed_updates.py")
 SHAPES = [(0,), (), (5000,), (64, 33)]
@@ -29,17 +28,6 @@ KEYS = {
 }
 
 
-def paged(parameters, bits=32, **options):
-    return PagedAdamW(
-        parameters,
-        lr=0.01,
-        state_bits=bits,
-        page_bytes=16384 if bits == 32 else 4160,
-        device=SimulatedDevice(10**6),
-        **options,
-    )
-
-
 def through_a_file(state_dict):
     file = io.BytesIO()
     torch.save(state_dict, file)
@@ -48,9 +36,9 @@ def through_a_file(state_dict):
 
 
 @pytest.fixture(params=[32, 8])
-def trained(request, make_parameters, take_steps):
+def trained(request, make_parameters, make_simulated, take_steps):
     parameters = make_parameters(SHAPES, DTYPES)
-    optimizer = paged(parameters, request.param)
+    optimizer = make_simulated(parameters, request.param)
     take_steps(optimizer, parameters)
     return parameters, optimizer
 
@@ -94,8 +82,8 @@ def test_what_is_returned_is_a_copy(trained, take_steps, bits):
     assert bits(optimizer.state_dict()) == now
 
 
-def test_a_new_optimizer_has_no_state(make_parameters, bits):
-    optimizer = paged(make_parameters(SHAPES))
+def test_a_new_optimizer_has_no_state(make_parameters, make_simulated, bits):
+    optimizer = make_simulated(make_parameters(SHAPES))
     assert optimizer.state_dict()["state"] == {}
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.state_dict()["state"] == {}
@@ -103,7 +91,7 @@ def test_a_new_optimizer_has_no_state(make_parameters, bits):
 
 @pytest.mark.parametrize("kept", [set(), {2}])
 def test_what_is_not_loaded_begins_anew(
-    trained, make_parameters, take_steps, bits, kept
+    trained, make_parameters, make_simulated, take_steps, bits, kept
 ):
     parameters, optimizer = trained
     saved = optimizer.state_dict()
@@ -111,7 +99,7 @@ def test_what_is_not_loaded_begins_anew(
     fresh = make_parameters(SHAPES, DTYPES)
     for mine, other in zip(fresh, parameters, strict=True):
         mine.data.copy_(other)
-    expected = paged(fresh, optimizer.state_bits)
+    expected = make_simulated(fresh, optimizer.state_bits)
     for each, own in ((optimizer, parameters), (expected, fresh)):
         each.load_state_dict(saved)
         assert set(each.state_dict()["state"]) == kept
@@ -123,17 +111,15 @@ def test_what_is_not_loaded_begins_anew(
 # There and back
 
 
-@pytest.mark.parametrize("budget", [1, 6, 1000])
+@pytest.mark.parametrize("pages", [1, 6, 1000])
 def test_a_loaded_optimizer_goes_on_as_the_saved_one(
-    trained, make_parameters, take_steps, bits, budget
+    trained, make_parameters, make_simulated, take_steps, bits, pages
 ):
     parameters, optimizer = trained
     others = make_parameters(SHAPES, DTYPES)
     for mine, other in zip(others, parameters, strict=True):
         mine.data.copy_(other)
-    state_bits = optimizer.state_bits
-    page = 16384 if state_bits == 32 else 4160
-    loaded = paged(others, state_bits, device_budget=budget * page)
+    loaded = make_simulated(others, optimizer.state_bits, pages)
     take_steps(loaded, others, steps=[77])  # what was there is replaced
     for mine, other in zip(others, parameters, strict=True):
         mine.data.copy_(other)
@@ -212,12 +198,14 @@ def dynamic_values(name):
     return (DYNAMIC8 if name == "exp_avg" else DYNAMIC8_UNSIGNED).values
 
 
-def test_moments_of_other_types_are_widened(make_parameters, take_steps):
+def test_moments_of_other_types_are_widened(
+    make_parameters, make_simulated, take_steps
+):
     # torch keeps the moments of bfloat16 parameters in bfloat16.
     theirs, ours = (make_parameters(SHAPES, DTYPES[1:]) for _ in range(2))
     reference = torch.optim.AdamW(theirs, foreach=False)
     take_steps(reference, theirs)
-    optimizer = paged(ours)
+    optimizer = make_simulated(ours)
     optimizer.load_state_dict(reference.state_dict())
     moment = optimizer.state_dict()["state"][2]["exp_avg"]
     expected = reference.state[theirs[2]]["exp_avg"]
@@ -228,7 +216,9 @@ def test_moments_of_other_types_are_widened(make_parameters, take_steps):
 # What others do with it
 
 
-def test_hooks_see_the_moments_and_may_change_them(trained, make_parameters, bits):
+def test_hooks_see_the_moments_and_may_change_them(
+    trained, make_parameters, make_simulated, bits
+):
     _, optimizer = trained
     name = "exp_avg" if optimizer.state_bits == 32 else "exp_avg_codes"
     seen = []
@@ -241,7 +231,7 @@ def test_hooks_see_the_moments_and_may_change_them(trained, make_parameters, bit
     saved = optimizer.state_dict()
     assert seen == [bits(saved["state"][2][name])] and saved["note"] == "kept"
 
-    loaded = paged(make_parameters(SHAPES, DTYPES), optimizer.state_bits)
+    loaded = make_simulated(make_parameters(SHAPES, DTYPES), optimizer.state_bits)
     after = []
 
     def before_loading(_, state_dict):
@@ -259,7 +249,9 @@ def test_hooks_see_the_moments_and_may_change_them(trained, make_parameters, bit
     assert not (saved["state"][2][name] == 1).all()
 
 
-def test_parameters_may_have_other_numbers(trained, make_parameters, bits):
+def test_parameters_may_have_other_numbers(
+    trained, make_parameters, make_simulated, bits
+):
     _, optimizer = trained
     saved = optimizer.state_dict()
     names = {0: 30, 1: "b", 2: 10, 3: 0}
@@ -267,7 +259,7 @@ def test_parameters_may_have_other_numbers(trained, make_parameters, bits):
         "state": {names[number]: saved["state"][number] for number in (3, 2, 1, 0)},
         "param_groups": [{**saved["param_groups"][0], "params": [*names.values()]}],
     }
-    loaded = paged(make_parameters(SHAPES, DTYPES), optimizer.state_bits)
+    loaded = make_simulated(make_parameters(SHAPES, DTYPES), optimizer.state_bits)
     loaded.load_state_dict(renamed)
     assert bits(loaded.state_dict()) == bits(saved)
 
