@@ -41,6 +41,9 @@ class Device(Protocol):
     def release(self, place: Tensor) -> None:
         """Give memory back; copies that were asked for may still use it."""
 
+    def tidy(self) -> None:
+        """Prepare for allocations that will stay for long."""
+
     def free_bytes(self) -> int:
         """Bytes that pages may take beside what training needs."""
 
@@ -120,16 +123,23 @@ class CudaDevice:
         place.record_stream(self._in)
         place.record_stream(self._out)
 
+    def tidy(self) -> None:
+        """Give the card back what the caching allocator holds unused.
+
+        So pages get memory of their own and none is cut out of larger pieces, which
+        forward and backward pass could not have whole again.
+        """
+        torch.cuda.empty_cache()
+
     def free_bytes(self) -> int:
         """Return what is free, less a reserve.
 
-        The reserve is what the caching allocator holds unused: forward and backward
-        needed it since the last call and will again. It is given back to the card here,
-        so that pages get memory of their own and none is cut out of larger pieces.
+        The reserve is what the caching allocator held unused: forward and backward
+        needed it since the last call and will again.
         """
         device = self._device
         before = torch.cuda.memory_reserved(device)
-        torch.cuda.empty_cache()
+        self.tidy()
         reserved = torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
@@ -223,6 +233,9 @@ class SimulatedDevice:
     def release(self, place: Tensor) -> None:
         """Count the memory as free."""
         self._used -= place.nbytes
+
+    def tidy(self) -> None:
+        """Do nothing: one place is as good as another."""
 
     def free_bytes(self) -> int:
         """Return what neither others nor pages use."""

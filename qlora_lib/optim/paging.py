@@ -233,6 +233,8 @@ class Pager(HostPages):
                 self._put_off_return()
         if goal < self.resident:
             self._give_way(to=goal)
+        elif goal > self.resident:
+            self._device.tidy()
         arriving: deque[tuple[Tensor, Any]] = deque()
         try:
             for page in range(self.resident, goal):

@@ -58,3 +58,17 @@ def test_a_slot_is_not_filled_while_it_is_used_by_what_was_there(
     del before  # in the order of the stream: the first slot takes its place
     optimizer.step()
     assert (clone == 7).all()
+
+
+def test_pages_are_not_cut_out_of_what_a_pass_will_need_whole(make_parameters):
+    parameters = make_parameters(SHAPES, device="cuda:0")
+    optimizer = make(parameters, 1000)
+    parameters[0].grad = torch.ones_like(parameters[0])
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    large = torch.empty(64 * PAGE, dtype=torch.uint8, device="cuda")
+    size = large.nbytes
+    del large  # to the cache, where there would be room for all pages
+    optimizer.step()
+    assert optimizer.resident_share == 1
+    assert torch.cuda.memory_reserved() - before < size
