@@ -4,9 +4,11 @@ A step is timed in groups, back to back between two synchronizations: what one s
 leaves to be copied overlaps the next one, and the last one's counts.
 """
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +69,22 @@ def alternate(
     }
 
 
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now and not meanwhile.
+
+    With the many objects of a large model that takes long, and it would fall on
+    whichever step happens to be next.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@no_garbage_collection()
 def time_group(step: Callable[[], object], device: str, count: int) -> dict[str, float]:
     """Seconds per step of ``count`` steps between two synchronizations."""
     on_card = device == "cuda"

@@ -21,25 +21,24 @@ from random_llama import RANK, linear4bit, random_llama, with_adapters
 
 MAX_NORM = 0.3  # the paper's recipe
 CANDIDATES = (Candidate(PAGED, 0.0), Candidate(PAGED, 1.0), Candidate(FUSED))
-# Sequences at a time, how many times in a step, their tokens, rounds, and seconds of
-# steps between two synchronizations. Single steps (0) come after others like them.
-# Of the two ways to take the paper's batch of 16, the first waits for the host most of
-# its time and is as noisy as the host is; the second is bound by the GPU.
-WAYS = (
-    (1, 1, 512, 8, 1.5),
-    (1, 16, 512, 4, 0.0),
-    (4, 4, 2048, 6, 0.0),
-    (1, 1, 2048, 6, 1.5),
-)
 
 
 def measure(
     device: str,
+    ways: tuple[tuple[int, int, int, int, float], ...],
     shape: tuple[int, int, int] = LLAMA_7B,
-    ways: tuple[tuple[int, int, int, int, float], ...] = WAYS,
     page_bytes: int = PAGE_BYTES,
 ) -> dict[str, Any]:
-    """Time the steps of every way with every optimizer."""
+    """Time the steps of every way with every optimizer.
+
+    Args:
+        device: "cuda" or "cpu".
+        ways: Sequences at a time, how many times in a step, their tokens, rounds, and
+            seconds of steps between two synchronizations. Single steps (0) come after
+            others like them.
+        shape: Layers, hidden size and intermediate size.
+        page_bytes: Of the paged optimizers.
+    """
     layers, hidden, intermediate = shape
     config = LlamaConfig(  # 32 heads, a vocabulary of 32000, as LLaMA has it
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate
