@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qlora_lib import PagedAdamW
-from qlora_lib.optim.devices import SimulatedDevice
+from qlora_lib.optim import SimulatedDevice
 
 PAGED = "qlora_lib PagedAdamW"
 FUSED = "torch AdamW, fused"

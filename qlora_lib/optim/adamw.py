@@ -23,8 +23,7 @@ from qlora_lib.optim.paged_state import PagedState
 from qlora_lib.optim.paging import STAGING_SLOTS, Counters
 from qlora_lib.optim.spikes import attempt_with_room
 from qlora_lib.optim.state import FIELDS, dequantized, state_bytes
-from qlora_lib.optim.update import Factors
-from qlora_lib.optim.updating import Work
+from qlora_lib.optim.work import Work, work_of_step
 
 # Large enough for a copy to run at the speed of the link and to take longer than the
 # host needs to ask for the next; small enough that the first copy in and the last one
@@ -68,7 +67,7 @@ class PagedAdamW(Optimizer):
         state_bits: 32 or 8.
         page_bytes: Size of a page at most; smaller if all state is smaller.
         device: A device to move pages to, for parameters on the CPU: a
-            :class:`~qlora_lib.optim.devices.SimulatedDevice`.
+            :class:`~qlora_lib.optim.SimulatedDevice`.
 
     Raises:
         TypeError: If a parameter is not a dense one of these types, ``device_budget``
@@ -195,7 +194,7 @@ class PagedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = attempt_with_room(closure, self.evict)
         with torch.no_grad():
-            work = self._work_of_step()
+            work = work_of_step(self.param_groups, self._expected, self._steps)
             if any(work):
                 self._paged.update(work)
                 self._finish(work)
@@ -285,32 +284,6 @@ class PagedAdamW(Optimizer):
             "device: save its state_dict()"
         )
 
-    def _work_of_step(self) -> list[Work | None]:
-        """What the step does to each parameter; checked before anything is done."""
-        work: list[Work | None] = []
-        count = sum(len(group["params"]) for group in self.param_groups)
-        if count != len(self._expected):
-            raise ValueError(
-                f"param_groups has {count} parameters, and PagedAdamW was given "
-                f"{len(self._expected)}: to have one rest, set its gradient to None; "
-                "to have more, call add_param_group"
-            )
-        for group in self.param_groups:
-            factors: dict[int, Factors] = {}
-            for parameter in group["params"]:
-                gradient, number = parameter.grad, len(work)
-                if gradient is None:
-                    work.append(None)
-                    continue
-                self._expected[number].check(parameter, gradient, number)
-                step = self._steps[number] + 1
-                if step not in factors:
-                    factors[step] = _factors(group, step)
-                work.append(
-                    Work(parameter.contiguous(), gradient.contiguous(), factors[step])
-                )
-        return work
-
     def _finish(self, work: Sequence[Work | None]) -> None:
         """Count the step, and give updated copies back to parameters with strides."""
         for number, parameter in enumerate(self._parameters()):
@@ -350,13 +323,3 @@ class PagedAdamW(Optimizer):
                 moments[number] = expected.check_state(state, number, self.state_bits)
                 steps[key] = {"step": int(state["step"])}
         return steps, moments
-
-
-def _factors(group: dict[str, Any], step: int) -> Factors:
-    return Factors.of_step(
-        step,
-        float(group["lr"]),
-        group["betas"],
-        group["eps"],
-        group["weight_decay"],
-    )

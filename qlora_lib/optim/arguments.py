@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from qlora_lib.optim.devices import CudaDevice, Device, SimulatedDevice
+from qlora_lib.optim.devices import CudaDevice, Device
+from qlora_lib.optim.simulated import SimulatedDevice
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -14,7 +14,8 @@ from qlora_lib.optim.expected import ExpectedParameter
 from qlora_lib.optim.layout import Layout
 from qlora_lib.optim.paging import HostPages, Pager
 from qlora_lib.optim.state import read_state, state_bytes, write_state
-from qlora_lib.optim.updating import KernelUpdater, ReferenceUpdater, Updater, Work
+from qlora_lib.optim.updating import KernelUpdater, ReferenceUpdater, Updater
+from qlora_lib.optim.work import Work
 
 # By parameter, the arrays of its state under their names.
 Moments = Mapping[int, Mapping[str, Tensor]]

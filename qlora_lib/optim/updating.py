@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,26 +14,12 @@ from qlora_lib.kernels.parameter_table import ParameterTable
 from qlora_lib.optim.layout import Layout
 from qlora_lib.optim.paging import Pages
 from qlora_lib.optim.state import fields_of, slices_of, update_segment
-from qlora_lib.optim.update import Factors
+from qlora_lib.optim.work import Work
 
 # What the kernel needs to move four numbers at a time.
 ALIGNED_BYTES, ALIGNED_COUNT = 16, 8
 # Tables of pages that are kept on the GPU: more than a run has pages and slots.
 MOST_TABLES = 2**12
-
-
-class Work(NamedTuple):
-    """What a step does to one parameter.
-
-    Attributes:
-        parameter: Contiguous.
-        gradient: Of the same shape and type, contiguous.
-        factors: Of this step of this parameter.
-    """
-
-    parameter: Tensor
-    gradient: Tensor
-    factors: Factors
 
 
 class Updater(Protocol):
@@ -164,9 +150,7 @@ class KernelUpdater:
         if table is None:
             if len(self._tables) >= MOST_TABLES:
                 self._tables.clear()
-            if (
-                len(values) == 1
-            ):  # by a kernel: a copy would queue behind those of pages
+            if len(values) == 1:  # a copy would queue behind those of pages
                 table = torch.full((1,), values[0], dtype=dtype, device=self._device)
             else:
                 table = self._upload(torch.tensor(values, dtype=dtype))
@@ -174,4 +158,7 @@ class KernelUpdater:
         return table
 
     def _upload(self, table: Tensor) -> Tensor:
-        return table.pin_memory().to(self._device, non_blocking=True)
+        uploaded = table.pin_memory().to(self._device, non_blocking=True)
+        # After a copy, whatever comes next in this stream would be queued behind the
+        # copies of pages, which are asked for before it: so a kernel comes next.
+        return uploaded.clone()

@@ -89,6 +89,35 @@ def test_nothing_is_read_before_it_has_arrived(run, bits, state_bits, pages):
     assert optimizer.counters.stalls > 0
 
 
+class WatchedDevice(SlowDevice):
+    """Notes when pages have arrived, and when what waited for them goes on."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.arrived, self.goes_on = [], []
+
+    def copy_in(self, host, place, after):
+        self.arrived.append(super().copy_in(host, place, after))
+        return self.arrived[-1]
+
+    def wait(self, event):
+        super().wait(event)
+        later = torch.cuda.Event(enable_timing=True)
+        self.goes_on.append(torch.cuda.current_stream().record_event(later))
+
+
+def test_an_update_waits_for_its_own_page_only(run, take_steps):
+    watched = WatchedDevice(torch.device("cuda:0"))
+    parameters, optimizer = run(32, 4, device=watched)
+    torch.cuda.synchronize()
+    watched.arrived.clear()
+    watched.goes_on.clear()
+    take_steps(optimizer, parameters, [10])
+    torch.cuda.synchronize()
+    following = zip(watched.goes_on, watched.arrived[1:], strict=False)
+    assert all(begins.elapsed_time(arrives) > 0 for begins, arrives in following)
+
+
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_evicting_and_loading_wait_for_copies(
     run, page_sizes, take_steps, bits, state_bits
