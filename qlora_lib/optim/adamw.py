@@ -18,7 +18,7 @@ from qlora_lib.optim.arguments import (
     check_options,
 )
 from qlora_lib.optim.devices import Device
-from qlora_lib.optim.expected import ExpectedParameter, expect
+from qlora_lib.optim.expected import ExpectedParameter, check_saved, expect
 from qlora_lib.optim.paged_state import PagedState
 from qlora_lib.optim.paging import STAGING_SLOTS, Counters
 from qlora_lib.optim.spikes import attempt_with_room
@@ -244,7 +244,11 @@ class PagedAdamW(Optimizer):
         # The base class would cast the moments, so it gets the steps alone. The hooks
         # stand beside those of others: the last before loading, the first after it.
         def keep_moments(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            steps, found = self._checked(saved)
+            # Another number of groups is refused by the base class.
+            if len(saved["param_groups"]) == len(self.param_groups):
+                for group in saved["param_groups"]:
+                    check_options(group)
+            steps, found = check_saved(saved, self._expected, self.state_bits)
             if found:  # before anything is changed
                 self._paged.take_memory()
             moments.update(found)
@@ -303,23 +307,3 @@ class PagedAdamW(Optimizer):
         """Copy the moments of every parameter that has taken a step."""
         taken = [number for number, steps in enumerate(self._steps) if steps]
         return self._paged.read(taken) if taken else {}
-
-    def _checked(
-        self, saved: dict[str, Any]
-    ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Tensor]]]:
-        """The steps of a state dict by its own numbers, the moments by ours."""
-        groups = saved["param_groups"]
-        ids = [key for group in groups for key in group["params"]]
-        if len(groups) == len(self.param_groups):  # else the base class refuses them
-            for group in groups:
-                check_options(group)
-        steps, moments = {}, {}
-        for number, (key, expected) in enumerate(
-            zip(ids, self._expected, strict=False)
-        ):
-            state = saved["state"].get(key)
-            # Before a first step there are no moments to speak of.
-            if state and state.get("step", 1) > 0:
-                moments[number] = expected.check_state(state, number, self.state_bits)
-                steps[key] = {"step": int(state["step"])}
-        return steps, moments

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +120,34 @@ def expect(parameter: Tensor, others: list[ExpectedParameter]) -> ExpectedParame
             "torch.optim.AdamW"
         )
     return ExpectedParameter(parameter.shape, parameter.dtype, parameter.device)
+
+
+def check_saved(
+    saved: Mapping[str, Any], expected: Sequence[ExpectedParameter], state_bits: int
+) -> tuple[dict[int, dict[str, int]], dict[int, dict[str, Tensor]]]:
+    """Return the steps and the moments of a state dict.
+
+    Args:
+        saved: What ``state_dict()`` of an optimizer has returned.
+        expected: Parameters of the optimizer that shall have it.
+        state_bits: 32 or 8, of that optimizer.
+
+    Returns:
+        ``{"step": ...}`` by the numbers that the state dict gives parameters, and
+        moments by their place in ``expected``; of those alone that have taken a step.
+
+    Raises:
+        ValueError: If moments cannot be of their parameter.
+    """
+    ids = [key for group in saved["param_groups"] for key in group["params"]]
+    steps, moments = {}, {}
+    for number, (key, parameter) in enumerate(zip(ids, expected, strict=False)):
+        state = saved["state"].get(key)
+        # Before a first step there are no moments to speak of.
+        if state and state.get("step", 1) > 0:
+            moments[number] = parameter.check_state(state, number, state_bits)
+            steps[key] = {"step": int(state["step"])}
+    return steps, moments
 
 
 def _refuse_wrapper(parameter: Tensor, number: int) -> None:

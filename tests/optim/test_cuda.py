@@ -89,38 +89,6 @@ def test_nothing_is_read_before_it_has_arrived(run, bits, state_bits, pages):
     assert optimizer.counters.stalls > 0
 
 
-class WatchedDevice(CudaDevice):
-    """Notes when pages have arrived, and when what waited for them goes on."""
-
-    def __init__(self, device):
-        super().__init__(device)
-        self.arrived, self.goes_on = [], []
-
-    def copy_in(self, host, place, after):
-        self.arrived.append(super().copy_in(host, place, after))
-        return self.arrived[-1]
-
-    def wait(self, event):
-        super().wait(event)
-        later = torch.cuda.Event(enable_timing=True)
-        self.goes_on.append(torch.cuda.current_stream().record_event(later))
-
-
-def test_the_first_update_does_not_wait_for_other_pages(make_parameters, take_steps):
-    parameters = make_parameters([(4096, 4096)], device="cuda:0")
-    page = 2**24  # a third of a millisecond
-    watched = WatchedDevice(torch.device("cuda:0"))
-    options = {"page_bytes": page, "device_budget": 4 * page, "device": watched}
-    optimizer = PagedAdamW(parameters, **options)
-    take_steps(optimizer, parameters, [0, 1])  # makes tables and takes memory
-    watched.arrived.clear()
-    watched.goes_on.clear()
-    torch.cuda.synchronize()
-    take_steps(optimizer, parameters, [2])
-    torch.cuda.synchronize()
-    assert watched.goes_on[0].elapsed_time(watched.arrived[2]) > 0
-
-
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_evicting_and_loading_wait_for_copies(
     run, page_sizes, take_steps, bits, state_bits
