@@ -83,6 +83,7 @@ def main() -> None:
     call = called_here if device == "cpu" else called_in_a_process
     record = {
         **call(about, device),
+        "separate_processes": call is called_in_a_process,
         "rank": RANK,
         "steps": STEPS,
         "runs": [],

@@ -184,7 +184,9 @@ class PagedAdamW(Optimizer):
             What ``closure`` has returned.
 
         Raises:
-            TypeError: If a gradient is sparse or of another type than its parameter.
+            TypeError: If a gradient is sparse or of another type than its parameter, or
+                a parameter has been exchanged for one whose numbers lie in other
+                tensors.
             ValueError: If a parameter has changed its shape, type or device since it
                 was given to the optimizer, or the groups have more or fewer of them.
                 Nothing has been changed then.

@@ -150,7 +150,7 @@ class KernelUpdater:
         if table is None:
             if len(self._tables) >= MOST_TABLES:
                 self._tables.clear()
-            if len(values) == 1:  # a copy would queue behind those of pages
+            if len(values) == 1:  # while pages are copied: a kernel does not queue
                 table = torch.full((1,), values[0], dtype=dtype, device=self._device)
             else:
                 table = self._upload(torch.tensor(values, dtype=dtype))
@@ -159,6 +159,6 @@ class KernelUpdater:
 
     def _upload(self, table: Tensor) -> Tensor:
         uploaded = table.pin_memory().to(self._device, non_blocking=True)
-        # After a copy, whatever comes next in this stream would be queued behind the
-        # copies of pages, which are asked for before it: so a kernel comes next.
+        # What follows a copy in this stream is queued behind the copies of pages that
+        # other streams have asked for meanwhile. A kernel in between prevents that.
         return uploaded.clone()

@@ -38,7 +38,8 @@ def work_of_step(
         steps: How many steps each has taken.
 
     Raises:
-        TypeError: If a gradient is sparse or of another type than its parameter.
+        TypeError: If a gradient is sparse or of another type than its parameter, or a
+            parameter has been exchanged for one whose numbers lie in other tensors.
         ValueError: If a parameter is not what it was, or there are more or fewer.
     """
     work: list[Work | None] = []

@@ -1,5 +1,6 @@
 """The measurement of paging: it runs without a GPU, and its checks can fail."""
 
+import gc
 import json
 import os
 import sys
@@ -118,6 +119,7 @@ def test_a_step_that_fails_costs_only_itself():
     calls = []
 
     def second_fails():
+        assert not gc.isenabled()
         calls.append("second")
         if calls.count("second") == 4:
             raise torch.OutOfMemoryError("no memory\nand a long trace")
@@ -127,6 +129,7 @@ def test_a_step_that_fails_costs_only_itself():
     assert calls == ["first", "second", "second", "first"] * 2  # in turns
     assert times["second"] == {"error": "OutOfMemoryError: no memory"}
     assert times["first"]["steps_per_group"] == 1
+    assert gc.isenabled()
 
 
 def test_groups_of_steps_take_about_the_time_asked_for(monkeypatch):
